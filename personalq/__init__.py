@@ -1,0 +1,1 @@
+"""What personalised checkpoints are, and which one a request means."""
