@@ -1,0 +1,176 @@
+"""The bundle manifest: what one immutable, content-addressed export holds and what went into its key.
+
+Read by the runtime, the gate and the repository; written only by the exporters. JSON, no pickle, every file hashed.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import BundleError
+from .rows import KeptTokens, RowLayer
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class FileEntry(Frozen):
+    sha256: str
+    bytes: int
+
+
+class CheckpointEntry(Frozen):
+    """The card's facts that a runtime needs, and the hash of the weights (base and delta)."""
+
+    id: str
+    name: str
+    kind: str
+    base: str
+    trigger: tuple[str, ...] = ()
+    class_noun: str = ""
+    sha256: str
+
+
+class SpecEntry(Frozen):
+    name: str
+    policy: str
+    bits: str
+    sha256: str
+    storage: str
+
+
+class Graphs(Frozen):
+    """File names inside the bundle. unet: one file per lowering ('ort', later 'trt')."""
+
+    unet: dict[str, str]
+    text_rows: str
+    text_encoder: str
+    vae_decoder: str
+
+
+class Rows(Frozen):
+    """How text rows enter the UNet.
+
+    form 'split': inputs rest int8 (B,77,R), rest_scale float32 (B,77,2L), kept float16 (B,S,R), row_index int64 (B,77).
+    form 'full' (reference bundles): one input rows float32 (B,77,R).
+    text_rows.onnx: text_embeds float32 (B,77,C), kept_index int64 (B,S) -> rows float32, rest, rest_scale, kept.
+    """
+
+    form: Literal["split", "full"]
+    width: int
+    layers: tuple[RowLayer, ...]
+    kept: KeptTokens
+
+
+class Text(Frozen):
+    """Tokenizer facts. expansions: a multi-vector trigger '<tok>' -> '<tok> <tok>_1', done before tokenising."""
+
+    length: int = 77
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    expansions: dict[str, str] = {}
+
+
+class Latent(Frozen):
+    """Latent space of the base: image side = latent side * scale; latents are divided by scaling_factor before decoding."""
+
+    channels: int = 4
+    height: int
+    width: int
+    scale: int
+    scaling_factor: float
+    shift_factor: float = 0.0
+
+
+class Sizes(Frozen):
+    """Bytes of the UNet on disk: unet graph + its weights + text_rows graph and weights. fp16/fp32: the same, unquantised."""
+
+    unet: int
+    unet_fp16: int
+    unet_fp32: int
+
+
+class Manifest(Frozen):
+    schema_version: Literal[1] = SCHEMA_VERSION
+    key: str
+    key_parts: dict[str, str]
+    checkpoint: CheckpointEntry
+    family: str
+    exporter_version: str
+    spec: SpecEntry
+    graphs: Graphs
+    rows: Rows
+    text: Text
+    latent: Latent
+    scheduler: dict[str, Any] = Field(description="the base's scheduler_config.json, in clear")
+    steps: int = 25
+    guidance: float = 7.5
+    sizes: Sizes
+    census: dict[str, int] = Field(description="layers by 'op weight/activation', e.g. 'conv int8/int8': 40")
+    unquantised: dict[str, str] = Field({}, description="layer -> why it stays float")
+    versions: dict[str, str] = {}
+    files: dict[str, FileEntry] = {}
+
+
+def bundle_key(parts: dict[str, str]) -> str:
+    """sha256 over the named parts (weight bytes of base and delta, spec content, exporter version, family)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, streamed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """folder/name, refused when it would leave the folder ('..', absolute paths, links)."""
+    path = folder / name
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts or path.is_symlink():
+        raise BundleError(f"{folder.name}: file names must stay inside the bundle, got {name!r}; export it again")
+    return path
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read and validate `bundle`/manifest.json. Raises BundleError naming the field."""
+    file = bundle / MANIFEST
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise BundleError(f"{bundle}: must be a bundle folder with {MANIFEST}, got none; run 'personalq export'") from None
+    except (ValueError, OSError) as error:
+        raise BundleError(f"{file}: must be JSON, got {error}; export the checkpoint again") from error
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{file}: {field}: {first['msg']}; export the checkpoint again") from error
+    graphs = manifest.graphs
+    for name in [*manifest.files, *graphs.unet.values(), graphs.text_rows, graphs.text_encoder, graphs.vae_decoder]:
+        inside(bundle, name)
+    return manifest
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    return (json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+
+def check_files(bundle: Path, manifest: Manifest) -> list[str]:
+    """One line per file that is missing or not what was exported (hash mismatch); empty = intact."""
+    problems = []
+    for name, entry in manifest.files.items():
+        path = inside(bundle, name)
+        if not path.is_file():
+            problems.append(f"{name}: missing from bundle {bundle.name[:12]}; export the checkpoint again")
+        elif path.stat().st_size != entry.bytes or file_sha256(path) != entry.sha256:
+            problems.append(f"{name}: bytes differ from the manifest's sha256; export the checkpoint again")
+    return problems

@@ -1,0 +1,108 @@
+"""Text rows: how a prompt's K and V rows are laid out, which of them are kept FP16, and where the UNet finds each one.
+
+numpy only; shared by calibration, exporters and runtime. It knows token ids and offsets, not tokenizers or graphs.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+from .errors import PromptError
+
+Ids = npt.NDArray[np.int64]
+
+
+class RowLayer(BaseModel):
+    """One cross-attention layer's slice of the packed rows: K at [offset, offset+width), V right after it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    width: int
+    offset: int
+    rest_bits: int = 8
+
+
+class KeptTokens(BaseModel):
+    """Which tokens of a prompt keep FP16 rows. Trigger and class noun are token-id sequences, matched anywhere."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    slots: int = 8
+    trigger: tuple[tuple[int, ...], ...] = ()
+    class_noun: tuple[tuple[int, ...], ...] = ()
+    bos: bool = False
+    eos: bool = False
+    pad: bool = False  # the first padding row: all of them are nearly equal in a causal encoder
+    everything: bool = False  # control: as many rows as there are slots, from the front
+    random_seed: int | None = None  # control: this many rows, drawn by seed, instead of the chosen ones
+
+
+def pack_layers(widths: Sequence[tuple[str, int]], rest_bits: dict[str, int] | None = None) -> list[RowLayer]:
+    """(name, width) of every cross-attention layer in order -> their slices of the packed rows."""
+    layers, offset = [], 0
+    for name, width in widths:
+        bits = (rest_bits or {}).get(name, 8)
+        layers.append(RowLayer(name=name, width=width, offset=offset, rest_bits=bits))
+        offset += 2 * width
+    return layers
+
+
+def packed_width(layers: Sequence[RowLayer]) -> int:
+    """R: the number of columns of the packed rows."""
+    return sum(2 * layer.width for layer in layers)
+
+
+def find_sequence(ids: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """Every position of `ids` covered by an occurrence of the token sequence `wanted`."""
+    n = len(wanted)
+    starts = [i for i in range(len(ids) - n + 1) if n and list(ids[i : i + n]) == list(wanted)]
+    return [start + k for start in starts for k in range(n)]
+
+
+def end_of_prompt(ids: Sequence[int], eos_id: int) -> int:
+    """Position of the first EOS (the row after the last word)."""
+    for position, token in enumerate(ids):
+        if token == eos_id and position > 0:
+            return position
+    raise PromptError(f"prompt: must contain the end token {eos_id}, got none; encode it with the bundle's tokenizer")
+
+
+def kept_positions(ids: Ids, kept: KeptTokens, eos_id: int) -> tuple[int, ...]:
+    """Positions (0..76) of the rows that stay FP16, most important first, at most `kept.slots`.
+
+    ids: (77,) int64 of one prompt. Order of importance: trigger, BOS, class noun, EOS, first padding row.
+    """
+    tokens = [int(token) for token in ids]
+    end = end_of_prompt(tokens, eos_id)
+    words = tokens[:end]
+    chosen: list[int] = []
+    for sequence in kept.trigger:
+        chosen += find_sequence(words, sequence)
+    chosen += [0] if kept.bos else []
+    for sequence in kept.class_noun:
+        chosen += find_sequence(words, sequence)
+    chosen += [end] if kept.eos else []
+    chosen += [end + 1] if kept.pad and end + 1 < len(tokens) else []
+    if kept.everything:
+        chosen = list(range(len(tokens)))
+    unique = tuple(dict.fromkeys(chosen))[: kept.slots]
+    if kept.random_seed is None:
+        return unique
+    generator = np.random.default_rng([kept.random_seed, *words])
+    return tuple(sorted(int(i) for i in generator.choice(len(tokens), size=len(unique), replace=False)))
+
+
+def kept_index(positions: Sequence[int], slots: int) -> Ids:
+    """(slots,) int64: which row fills each kept slot; unused slots repeat row 0 and are never read."""
+    index = np.zeros(slots, dtype=np.int64)
+    index[: len(positions)] = positions
+    return index
+
+
+def row_index(positions: Sequence[int], length: int = 77) -> Ids:
+    """(length,) int64: for each token, its row in Concat(rest rows, kept rows): i, or length + slot when kept."""
+    index = np.arange(length, dtype=np.int64)
+    for slot, position in enumerate(positions):
+        index[position] = length + slot
+    return index

@@ -1,0 +1,166 @@
+"""The TAQ spec: every precision decision about one checkpoint, with its reason and where it came from.
+
+A spec is `<name>.json` (readable, diffable) beside `<name>.safetensors` (scales and, where a rounding was learnt, its integers).
+Backend-neutral: it names layers by their torch module path and knows nothing of ONNX.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.numpy import load, save
+
+from .atomic import write_atomic
+from .errors import SpecError
+from .rows import KeptTokens, RowLayer
+
+SCHEMA_VERSION = 1
+FORMAT = "personalq-taq-spec"
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerSpec(Frozen):
+    """One Conv2d or Linear of the UNet. Scales are tensors `<name>.weight_scale`, `.input_scale`, `.output_scale`."""
+
+    op: Literal["conv", "linear"]
+    weight: Literal["int8", "int6", "int4", "float"]
+    group: int | None = Field(None, description="block length along the input axis; None = one scale per output channel")
+    activation: Literal["int8", "float"]
+    rounding: Literal["nearest", "stored"] = "nearest"
+    found_by: str = Field("", description="how the scales were found, e.g. 'mse' or 'absmax'")
+    reason: str = Field("", description="why the layer stays float, or is wider than the budget's default")
+
+
+class RowsSpec(Frozen):
+    """Cross-attention text rows: which tokens stay FP16, at how many bits the rest is stored, and why."""
+
+    kept: KeptTokens
+    layers: tuple[RowLayer, ...]
+    reasons: dict[str, str] = {}
+
+
+class Provenance(Frozen):
+    """What produced the spec; enough to produce it again."""
+
+    checkpoint_sha256: str = ""
+    prompts_sha256: str = ""
+    prompts: int = 0
+    timesteps: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+    versions: dict[str, str] = {}
+    date: str = ""
+    notes: dict[str, Any] = {}
+
+
+class Spec(Frozen):
+    """`storage` is the float type of everything not quantised: float32 for the reference policy, float16 otherwise."""
+
+    format: Literal["personalq-taq-spec"] = FORMAT
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    policy: str
+    bits: str
+    checkpoint: str
+    family: str
+    storage: Literal["float16", "float32"] = "float16"
+    layers: dict[str, LayerSpec]
+    rows: RowsSpec
+    budget_bytes: int | None = None
+    provenance: Provenance = Provenance()
+    tensors_sha256: str = ""
+
+    @property
+    def is_float(self) -> bool:
+        """True for a reference spec that quantises nothing."""
+        return all(layer.weight == "float" and layer.activation == "float" for layer in self.layers.values())
+
+
+class SpecFile:
+    """A spec together with its tensors (name -> float32 scale or int8 integers)."""
+
+    def __init__(self, spec: Spec, tensors: dict[str, npt.NDArray[Any]]):
+        blob = save(dict(sorted(tensors.items()))) if tensors else b""
+        self.spec = spec.model_copy(update={"tensors_sha256": hashlib.sha256(blob).hexdigest() if blob else ""})
+        self.tensors = tensors
+        self._blob = blob
+        check_tensors(self.spec, tensors)
+
+    def content_sha256(self) -> str:
+        """Hash of every decision: the JSON (date and name left out) and the tensors. Part of a bundle's key."""
+        content = self.spec.model_dump(mode="json", exclude={"name": True, "provenance": {"date", "notes", "versions"}})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def write(self, path: Path) -> Path:
+        """Write `path` (.json) and its .safetensors beside it, each atomically, tensors first."""
+        if self._blob:
+            write_atomic(path.with_suffix(".safetensors"), self._blob)
+        text = json.dumps(self.spec.model_dump(mode="json"), indent=1, sort_keys=True)
+        write_atomic(path, (text + "\n").encode())
+        return path
+
+
+def read_spec(path: Path) -> SpecFile:
+    """Read and validate a spec. Raises SpecError naming the file and the field."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise SpecError(f"{path}: no such spec; run 'personalq calibrate ID' first") from None
+    except (ValueError, OSError) as error:
+        raise SpecError(f"{path}: must be JSON, got {error}; write it again with 'personalq calibrate'") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise SpecError(f"{path}: format: must be {FORMAT!r}, got {found!r}; this is not a TAQ spec")
+    try:
+        spec = Spec.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise SpecError(f"{path}: {field}: {first['msg']}, got {first.get('input')!r:.80}") from error
+    return SpecFile(spec, _read_tensors(path, spec))
+
+
+def _read_tensors(path: Path, spec: Spec) -> dict[str, npt.NDArray[Any]]:
+    if not spec.tensors_sha256:
+        return {}
+    file = path.with_suffix(".safetensors")
+    blob = file.read_bytes() if file.exists() else b""
+    if hashlib.sha256(blob).hexdigest() != spec.tensors_sha256:
+        state = "another file" if blob else "no file"
+        raise SpecError(f"{file}: must hold the tensors {path.name} was written with, got {state}; calibrate again")
+    return dict(load(blob))
+
+
+def check_tensors(spec: Spec, tensors: dict[str, npt.NDArray[Any]]) -> None:
+    """Raise SpecError when a quantised layer lacks a scale, or a scale is not a positive finite number."""
+    for name, layer in spec.layers.items():
+        needed = [f"{name}.weight_scale"] if layer.weight != "float" else []
+        needed += [f"{name}.input_scale"] if layer.activation != "float" else []
+        needed += [f"{name}.weight_q"] if layer.rounding == "stored" else []
+        for key in needed:
+            if key not in tensors:
+                raise SpecError(f"{key}: must be in the spec's tensors, got nothing; calibrate again")
+            if key.endswith("_scale") and not (np.isfinite(tensors[key]).all() and (tensors[key] > 0).all()):
+                worst = float(np.min(tensors[key]))
+                raise SpecError(f"{key}: scale must be > 0 and finite, got {worst}; add prompts or exclude the layer")
+
+
+def diff_specs(a: Spec, b: Spec) -> list[str]:
+    """Lines `field: a -> b` for every decision that differs."""
+    left = _flat(a.model_dump(mode="json", exclude={"provenance"}))
+    right = _flat(b.model_dump(mode="json", exclude={"provenance"}))
+    keys = sorted(left.keys() | right.keys())
+    return [f"{key}: {left.get(key)!r} -> {right.get(key)!r}" for key in keys if left.get(key) != right.get(key)]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = [_flat(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in value.items()]
+        return {key: leaf for item in items for key, leaf in item.items()}
+    return {prefix: value}
