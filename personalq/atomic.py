@@ -58,10 +58,12 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     temporary = temporary_beside(path)
     try:
-        with _named(path), temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with _named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
         with _named(path):
             os.replace(temporary, path)
             _fsync_folder(path.parent)
