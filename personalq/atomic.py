@@ -58,13 +58,13 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     temporary = temporary_beside(path)
     try:
-        with _named(path):
+        with named_failure(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        with _named(path):
+        with named_failure(path):
             os.replace(temporary, path)
             _fsync_folder(path.parent)
     finally:
@@ -79,7 +79,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     folders are immutable.
     """
     temporary = temporary_beside(path)
-    with _named(path):
+    with named_failure(path):
         temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -92,7 +92,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 def _publish_folder(temporary: Path, path: Path, *, replace: bool) -> None:
     old = temporary_beside(path)
-    with _named(path):
+    with named_failure(path):
         if path.exists():
             if not replace:
                 raise RepositoryError(f"{path}: must not exist yet, got a published folder; remove it first")
@@ -128,7 +128,7 @@ def _fsync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named_failure(path: Path) -> Iterator[None]:
     """Turn an operating-system failure into one line that names the place."""
     try:
         yield

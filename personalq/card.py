@@ -28,6 +28,8 @@ _SPACES = re.compile(r"\s+")
 def clean_text(text: str, limit: int) -> str:
     """Return one line of visible text, at most ``limit`` characters."""
     head = unicodedata.normalize("NFC", text[: 8 * limit])
+    if head.isprintable():
+        return _SPACES.sub(" ", head).strip()[:limit].rstrip()
     # Cf are invisible format characters, Co/Cn private or unassigned: all of them can hide text from the reader.
     visible = "".join(" " if c.isspace() else c for c in head if c.isspace() or unicodedata.category(c)[0] != "C")
     return _SPACES.sub(" ", visible).strip()[:limit].rstrip()
@@ -36,7 +38,9 @@ def clean_text(text: str, limit: int) -> str:
 def valid_id(text: str) -> str:
     """Return ``text`` if it can name a checkpoint: ``name`` or ``owner/name``; raise CardError otherwise."""
     if problem := _id_problem(text):
-        raise CardError(f"id {text[:60]!r}: must be a plain name such as 'my-dog' or 'owner/my-dog', got {problem}; rename it")
+        raise CardError(
+            f"id {text[:60]!r}: must be a plain name such as 'my-dog' or 'owner/my-dog', got {problem}; rename it"
+        )
     return text
 
 
@@ -110,7 +114,9 @@ def read_card(data: object, *, where: str) -> tuple[Card, tuple[str, ...]]:
     Accepts ``base`` or ``base_model``, and ``source`` with ``source_ref``; unknown keys are ignored. Raises CardError.
     """
     if not isinstance(data, Mapping):
-        raise CardError(f"{where}: must be a JSON object with an id and a kind, got {type(data).__name__}; fix the file")
+        raise CardError(
+            f"{where}: must be a JSON object with an id and a kind, got {type(data).__name__}; fix the file"
+        )
     fields: dict[str, Any] = {
         "id": str(data.get("id") or "").strip(),
         "name": _text(data.get("name"), MAX_NAME),
@@ -140,11 +146,15 @@ def read_card(data: object, *, where: str) -> tuple[Card, tuple[str, ...]]:
 def parse_card(text: str | bytes, *, where: str) -> tuple[Card, tuple[str, ...]]:
     """Parse JSON text of one card; raise CardError when it is not JSON or not a card."""
     if len(text) > MAX_CARD_BYTES:
-        raise CardError(f"{where}: must be at most {MAX_CARD_BYTES >> 20} MB of JSON, got {len(text) >> 20} MB; shorten it")
+        raise CardError(
+            f"{where}: must be at most {MAX_CARD_BYTES >> 20} MB of JSON, got {len(text) >> 20} MB; shorten it"
+        )
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CardError(f"{where}: must be JSON, got text that does not parse ({_short(error)}); fix the file") from error
+        raise CardError(
+            f"{where}: must be JSON, got text that does not parse ({_short(error)}); fix the file"
+        ) from error
     return read_card(data, where=where)
 
 
@@ -176,7 +186,9 @@ def _provenance(data: Mapping[str, Any]) -> dict[str, Origin]:
         if isinstance(value, Mapping):
             sure = value.get("confidence", 1.0)
             number = float(sure) if isinstance(sure, int | float) and 0 <= sure <= 1 else 0.0
-            found[clean_text(str(field), MAX_NOUN)] = Origin(source=_text(value.get("source"), MAX_LINE), confidence=number)
+            found[clean_text(str(field), MAX_NOUN)] = Origin(
+                source=_text(value.get("source"), MAX_LINE), confidence=number
+            )
     if via := _text(data.get("via"), MAX_LINE):
         found.setdefault("card", Origin(source=via))
     return found

@@ -1,0 +1,377 @@
+"""A folder of checkpoints: cards, weights, bundles (layout: docs/check-in.md). Knows files, not what is in the weights.
+
+Everything is published by rename, so a reader never meets half a checkpoint and a killed writer leaves only ``.tmp-*``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import audit
+from .atomic import atomic_directory, named_failure, remove, temporary_beside, write_atomic
+from .card import MAX_CARD_BYTES, Card, dump_card, folder_name, id_from_folder, parse_card
+from .errors import PersonalQError, RepositoryError
+from .fit import check_custom_diffusion, check_embedding, check_lora, check_unet
+from .header import read_header
+from .importers import Source, check_pipeline, list_files, read_source
+
+SHIPPED = Path(__file__).resolve().parent.parent / "gallery" / "repository"
+CARDS = "cards.jsonl"
+RECORD = "added.json"
+
+
+@dataclass(frozen=True)
+class Added:
+    """One checkpoint that ``add`` took in."""
+
+    id: str
+    kind: str
+    base: str
+    trigger: tuple[str, ...]
+    class_noun: str
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**self.__dict__, "trigger": list(self.trigger), "warnings": list(self.warnings)}
+
+
+@dataclass(frozen=True)
+class Refused:
+    """One source that ``add`` did not take, and why."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class AddResult:
+    """What ``add`` did: every source is in one of the two lists."""
+
+    added: tuple[Added, ...] = ()
+    refused: tuple[Refused, ...] = ()
+
+    def __add__(self, other: AddResult) -> AddResult:
+        return AddResult(self.added + other.added, self.refused + other.refused)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {"added": [a.to_json() for a in self.added], "refused": [r.__dict__ for r in self.refused]}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of ``ls``: the card's main fields, whether there are weights, and its bundles by key."""
+
+    card: Card
+    has_weights: bool
+    bundles: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        main = self.card.model_dump(mode="json", include={"id", "kind", "base", "trigger", "class_noun"})
+        return {**main, "has_weights": self.has_weights, "bundles": list(self.bundles)}
+
+
+class Repository:
+    """A repository folder. Methods raise RepositoryError or CardError with one line."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._cards: tuple[object, dict[str, Card]] | None = None
+
+    @classmethod
+    def open(cls, path: Path | str | None = None, *, create: bool = False) -> Repository:
+        """Open ``path``, else $PERSONALQ_REPO, else the shipped gallery; ``create`` makes a missing folder."""
+        chosen = Path(path or os.environ.get("PERSONALQ_REPO") or SHIPPED)
+        if create and not chosen.exists():
+            with named_failure(chosen):
+                (chosen / "checkpoints").mkdir(parents=True)
+        if not chosen.is_dir():
+            raise RepositoryError(
+                f"{chosen}: must be a repository folder, got nothing there; make one with 'personalq --repo {chosen} add SOURCE'"
+            )
+        return cls(chosen.resolve())
+
+    # what is in it
+
+    def cards(self) -> list[Card]:
+        """Return every readable card, sorted by id; broken ones are left to ``check``."""
+        stamp = audit.stamp(self.root / "checkpoints", CARDS)
+        if self._cards is None or self._cards[0] != stamp:
+            cards = {card.id: card for card in self._listed_cards()}
+            cards |= {card.id: card for card in self._folder_cards()}
+            self._cards = (stamp, dict(sorted(cards.items())))
+        return list(self._cards[1].values())
+
+    def card(self, card_id: str) -> Card:
+        """Return one card; an unknown id is an error that names the nearest ones."""
+        self.cards()
+        assert self._cards is not None
+        known = self._cards[1]
+        if card_id not in known:
+            near = difflib.get_close_matches(card_id, known, n=3, cutoff=0.5)
+            hint = f"nearest: {', '.join(near)}" if near else f"{len(known)} known, list them with 'personalq ls'"
+            raise RepositoryError(
+                f"checkpoint {card_id[:80]!r}: must be an id in {self.root}, got an unknown one; {hint}"
+            )
+        return known[card_id]
+
+    def checkpoint_dir(self, card_id: str) -> Path:
+        """Return the folder of a checkpoint with weights; raises for an unknown id or a card without weights."""
+        card = self.card(card_id)
+        if not self.has_weights(card.id):
+            raise RepositoryError(
+                f"checkpoint {card.id!r}: must have weights, got a card only; add its folder with 'personalq add'"
+            )
+        return self._folder(card.id)
+
+    def has_weights(self, card_id: str) -> bool:
+        """Tell whether a checkpoint has safetensors weights here."""
+        folder = self._folder(card_id)
+        return folder.is_dir() and next(folder.rglob("*.safetensors"), None) is not None
+
+    def base_dir(self, card: Card) -> Path:
+        """Return the diffusers folder a checkpoint builds on: its named base, or itself when it is complete."""
+        if card.base and (folder := self._base_folder(card.base)).is_dir():
+            return folder
+        own = self._folder(card.id)
+        if (own / "model_index.json").is_file() and (own / "vae").is_dir():
+            return own
+        here = ", ".join(self.bases()) or "none"
+        wanted = repr(card.base) if card.base else "no base on its card"
+        raise RepositoryError(
+            f"checkpoint {card.id!r}: base must be one in this repository ({here}), got {wanted}; add it with 'personalq add --base'"
+        )
+
+    def bases(self) -> list[str]:
+        """Return the ids of the base pipelines here."""
+        return sorted(id_from_folder(p.name) for p in audit.folders(self.root / "bases"))
+
+    def bundles(self, card_id: str) -> list[Path]:
+        """Return the bundle folders made from a checkpoint, newest last."""
+        return self._bundles_by_id().get(card_id, [])
+
+    def entries(self) -> list[Entry]:
+        """Return one ``ls`` line per card."""
+        bundles = self._bundles_by_id()
+        with_folder = {id_from_folder(p.name) for p in audit.folders(self.root / "checkpoints")}
+        return [
+            Entry(c, c.id in with_folder and self.has_weights(c.id), tuple(b.name for b in bundles.get(c.id, [])))
+            for c in self.cards()
+        ]
+
+    def digest(self) -> str:
+        """Return the sha256 over the bytes of all cards: the index is stale when it changes."""
+        place = self.root / "checkpoints"
+        digest = hashlib.sha256()
+        for file in audit.card_files(place, CARDS):
+            digest.update(f"{file.relative_to(place)}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+        return digest.hexdigest()
+
+    # changing it
+
+    def add(self, source: Path, *, base: str = "", card_id: str = "", replace: bool = False) -> AddResult:
+        """Take in one checkpoint folder or file; a source that cannot be taken is in ``refused`` with one line."""
+        try:
+            read = read_source(source, base=base, card_id=card_id)
+            warnings = read.warnings + self._fit_warnings(read) + self._shared_trigger_warning(read.card)
+            self._publish(read, replace=replace)
+        except (PersonalQError, OSError) as error:
+            return AddResult(refused=(Refused(str(source), _one_line(error)),))
+        return AddResult(added=(_added(read.card, warnings),))
+
+    def add_base(self, source: Path, *, base_id: str = "") -> str:
+        """Take in a base pipeline (a whole diffusers folder) as bases/<id>; return its id. Raises RepositoryError."""
+        files, _ = list_files(source)
+        name = base_id or source.resolve().name
+        if not (source / "model_index.json").is_file():
+            raise RepositoryError(
+                f"{source}: must be a diffusers pipeline folder, got no model_index.json; a delta is added without add_base"
+            )
+        check_pipeline(source, [name for name, file in files if name.endswith(".safetensors") and read_header(file)])
+        with atomic_directory(self._base_folder(name)) as folder:
+            _copy(files, folder)
+        return name
+
+    def add_cards(self, file: Path) -> AddResult:
+        """Take in a JSONL file of cards without weights, all in one atomic rewrite; bad lines are refused one by one."""
+        cards: dict[str, tuple[Card, tuple[str, ...]]] = {}
+        refused = []
+        for number, line in _lines(file):
+            where = f"{file}:{number}"
+            try:
+                card, warnings = parse_card(line, where=where)
+                self._refuse_weighted(card.id, where)
+                cards[card.id] = (card, warnings)
+            except PersonalQError as error:
+                refused.append(Refused(where, _one_line(error)))
+        kept = {card.id: card for card in self._listed_cards()} | {card.id: card for card, _ in cards.values()}
+        if cards:
+            self._write_list(kept.values())
+        return AddResult(tuple(_added(card, notes) for card, notes in cards.values()), tuple(refused))
+
+    def remove(self, card_id: str) -> None:
+        """Remove a checkpoint: its card and its weights. Bundles made from it stay until they are removed by name."""
+        card = self.card(card_id)
+        listed = [c for c in self._listed_cards() if c.id != card.id]
+        folder = self._folder(card.id)
+        if folder.is_dir():
+            gone = temporary_beside(folder)
+            with named_failure(folder):
+                os.rename(folder, gone)
+                remove(gone)
+        if (self.root / "checkpoints" / CARDS).is_file():
+            self._write_list(listed)
+
+    def check(self, *, fix: bool = False) -> list[audit.Problem]:
+        """Return what is wrong here; ``fix`` removes orphans (half-written temporaries) and nothing else."""
+        return audit.check(self.root, fix=fix)
+
+    # inside
+
+    def _folder(self, card_id: str) -> Path:
+        return self.root / "checkpoints" / folder_name(card_id)
+
+    def _base_folder(self, base: str) -> Path:
+        return self.root / "bases" / folder_name(base)
+
+    def _listed_cards(self) -> list[Card]:
+        file = self.root / "checkpoints" / CARDS
+        found = []
+        for number, line in _lines(file) if file.is_file() else ():
+            try:
+                found.append(Card.model_validate_json(line))
+            except ValueError:
+                found.extend(audit.readable(line, f"{file}:{number}"))
+        return found
+
+    def _folder_cards(self) -> Iterable[Card]:
+        for folder in audit.folders(self.root / "checkpoints"):
+            card = audit.folder_card(folder)
+            if isinstance(card, Card):
+                yield card
+
+    def _write_list(self, cards: Iterable[Card]) -> None:
+        lines = (card.model_dump_json(exclude_defaults=True) for card in sorted(cards, key=lambda c: c.id))
+        write_atomic(self.root / "checkpoints" / CARDS, "".join(f"{line}\n" for line in lines).encode())
+
+    def _refuse_weighted(self, card_id: str, where: str) -> None:
+        if self._folder(card_id).is_dir():
+            raise RepositoryError(
+                f"{where}: id {card_id!r} must be free, got a checkpoint with weights; remove it first with 'personalq rm'"
+            )
+
+    def _fit_warnings(self, read: Source) -> tuple[str, ...]:
+        card, where = read.card, read.card.id
+        if not card.base:
+            is_complete = any(name.startswith("vae/") for name, _ in read.files)
+            return () if is_complete else ("no base on the card: name it with --base before it is exported",)
+        base = self._base_folder(card.base)
+        if not base.is_dir():
+            return (f"base {card.base!r} is not in this repository: listed, not exportable until it is added",)
+        return _FITS[card.kind](read, base, where)
+
+    def _shared_trigger_warning(self, card: Card) -> tuple[str, ...]:
+        mine = {trigger.lower() for trigger in card.trigger}
+        others = [c.id for c in self.cards() if c.id != card.id and mine & {t.lower() for t in c.trigger}]
+        return (
+            (f"trigger shared with {', '.join(others[:3])}: Check-in will tell them apart by their cards",)
+            if others
+            else ()
+        )
+
+    def _publish(self, read: Source, *, replace: bool) -> None:
+        folder = self._folder(read.card.id)
+        if folder.exists() and not replace:
+            raise RepositoryError(
+                f"checkpoint {read.card.id!r}: must be new, got an id that is here; remove it first with 'personalq rm {read.card.id}'"
+            )
+        with atomic_directory(folder, replace=replace) as place:
+            record = _copy([(n, f) for n, f in read.files if n != "card.json"], place)
+            (place / "card.json").write_bytes(dump_card(read.card))
+            (place / RECORD).write_text(json.dumps({"schema_version": 1, "files": record}, indent=1, sort_keys=True))
+        listed = self._listed_cards()
+        if any(card.id == read.card.id for card in listed):
+            self._write_list([card for card in listed if card.id != read.card.id])
+
+    def _bundles_by_id(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        folders = audit.folders(self.root / "bundles")
+        for folder in sorted(folders, key=lambda p: (p.stat().st_mtime_ns, p.name)):
+            checkpoint = audit.manifest(folder).get("checkpoint")
+            if isinstance(checkpoint, dict) and isinstance(checkpoint.get("id"), str):
+                found.setdefault(checkpoint["id"], []).append(folder)
+        return found
+
+
+def _fit_lora(read: Source, base: Path, where: str) -> tuple[str, ...]:
+    return tuple(note for header in read.headers.values() for note in check_lora(header, base, where=where))
+
+
+def _fit_custom_diffusion(read: Source, base: Path, where: str) -> tuple[str, ...]:
+    for header in read.headers.values():
+        is_delta = any("custom_diffusion" in key for key in header.shapes)
+        (check_custom_diffusion if is_delta else check_embedding)(header, base, where=where)
+    return ()
+
+
+def _fit_embedding(read: Source, base: Path, where: str) -> tuple[str, ...]:
+    for header in read.headers.values():
+        check_embedding(header, base, where=where)
+    return ()
+
+
+def _fit_unet(read: Source, base: Path, where: str) -> tuple[str, ...]:
+    unets = [file for name, file in read.files if name.startswith("unet/")]
+    check_unet(unets[0].parent.parent, base, where=where)
+    return ()
+
+
+_FITS = {
+    "lora": _fit_lora,
+    "custom_diffusion": _fit_custom_diffusion,
+    "textual_inversion": _fit_embedding,
+    "dreambooth": _fit_unet,
+}
+
+
+def _copy(files: Sequence[tuple[str, Path]], place: Path) -> dict[str, dict[str, Any]]:
+    """Copy files into ``place``; return {name: {sha256, bytes}} of what was copied."""
+    record = {}
+    for name, file in files:
+        target = place / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+        record[name] = {"sha256": audit.sha256(target), "bytes": target.stat().st_size}
+    return record
+
+
+def _added(card: Card, warnings: tuple[str, ...]) -> Added:
+    return Added(card.id, card.kind, card.base, card.trigger, card.class_noun, warnings)
+
+
+def _lines(file: Path) -> Iterable[tuple[int, str]]:
+    try:
+        with file.open(encoding="utf-8", errors="replace") as handle:
+            number = 0
+            while line := handle.readline(MAX_CARD_BYTES + 2):
+                number += 1
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise RepositoryError(
+            f"{file}: must be a readable JSONL file, got '{error.strerror}'; check the path"
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
