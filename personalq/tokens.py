@@ -1,0 +1,104 @@
+"""Prompts to CLIP token ids without transformers: a tokenizer.json, the ids a bundle names, and what did not fit.
+
+It knows text and ids, not text encoders or which tokens matter.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .bundle import Text
+from .errors import BundleError, MissingExtraError, PromptError
+from .rows import Ids
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as the text encoder reads it.
+
+    ids: (77,) int64, BOS, words, EOS, padding. n_words: the tokens between BOS and EOS. cut: the text that did not fit.
+    tokens: every token of the prompt, those that were cut too, without BOS and EOS.
+    """
+
+    ids: Ids
+    n_words: int
+    cut: str
+    tokens: tuple[int, ...]
+
+
+class Tokenizer:
+    """The CLIP tokenizer of one checkpoint; gives the ids of transformers' CLIPTokenizer for the same files."""
+
+    def __init__(self, file: Path, text: Text) -> None:
+        """Read `file` (tokenizer.json). Raises BundleError when it is missing or not a tokenizer."""
+        self.text = text
+        self._tokenizer = _read(file)
+        self._expansions = _expansion_patterns(text.expansions)
+
+    def expand(self, prompt: str) -> str:
+        """Write a multi-vector trigger out: '<tok>' -> '<tok> <tok>_1'. A trigger already written out stays as it is.
+
+        The same as diffusers' maybe_convert_prompt, which also looks at the spelling only, except that the case of
+        letters does not matter here: the tokenizer lowercases, so '<Tok>' would otherwise become half a trigger.
+        """
+        for pattern, replacement in self._expansions:
+            prompt = pattern.sub(lambda _, text=replacement: text, prompt)  # type: ignore[misc]
+        return prompt
+
+    def encode(self, prompt: str) -> Encoded:
+        """Tokenise a prompt, cut it to the text encoder's length and pad it. Raises PromptError when it is not text."""
+        expanded = self.expand(_checked(prompt))
+        encoding = self._tokenizer.encode(expanded, add_special_tokens=False)
+        room = self.text.length - 2
+        kept = encoding.ids[:room]
+        ids = np.full(self.text.length, self.text.pad_id, dtype=np.int64)
+        ids[: len(kept) + 2] = [self.text.bos_id, *kept, self.text.eos_id]
+        cut = expanded[encoding.offsets[room][0] :].strip() if len(encoding.ids) > room else ""
+        return Encoded(ids=ids, n_words=len(kept), cut=cut, tokens=tuple(encoding.ids))
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a word or phrase alone, expanded, without BOS and EOS, of any length."""
+        return tuple(self._tokenizer.encode(self.expand(_checked(text)), add_special_tokens=False).ids)
+
+
+def _read(file: Path) -> "tokenizers.Tokenizer":
+    try:
+        import tokenizers
+    except ImportError:
+        raise MissingExtraError("tokenizers", "cpu") from None
+    if not file.is_file():
+        raise BundleError(f"{file}: must be a tokenizer.json, got no file; export the checkpoint again")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"{file}: must be a tokenizer.json, got {reason}; export the checkpoint again") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _expansion_patterns(expansions: Mapping[str, str]) -> list[tuple[re.Pattern[str], str]]:
+    """For each trigger: what to look for (written out already, or alone and not '<tok>_1') and what to put there."""
+    patterns = []
+    for token, replacement in expansions.items():
+        alone = re.escape(token) + r"(?!_\d)"
+        patterns.append((re.compile(f"{re.escape(replacement)}|{alone}", re.IGNORECASE), replacement))
+    return patterns
+
+
+def _checked(prompt: str) -> str:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"prompt: must be Unicode text, got a lone surrogate at character {error.start}; remove it"
+        ) from None
+    return prompt

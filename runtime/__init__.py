@@ -1,0 +1,58 @@
+"""Run bundles without torch: engines, sampling, the image pipeline, look-up, and the checks of an export.
+
+Importing this package imports nothing else; each name below is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine import Engine, OrtEngine, open_engine
+    from .image import side_by_side, write_png
+    from .pipeline import Pipeline, Step, start_noise
+    from .store import Found, Store, find
+    from .verify import Check, Report, verify_bundle
+
+_HOME = {
+    "Engine": "engine",
+    "OrtEngine": "engine",
+    "open_engine": "engine",
+    "side_by_side": "image",
+    "write_png": "image",
+    "Pipeline": "pipeline",
+    "Step": "pipeline",
+    "start_noise": "pipeline",
+    "Found": "store",
+    "Store": "store",
+    "find": "store",
+    "Check": "verify",
+    "Report": "verify",
+    "verify_bundle": "verify",
+}
+
+__all__ = [
+    "Check",
+    "Engine",
+    "Found",
+    "OrtEngine",
+    "Pipeline",
+    "Report",
+    "Step",
+    "Store",
+    "find",
+    "open_engine",
+    "side_by_side",
+    "start_noise",
+    "verify_bundle",
+    "write_png",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'runtime' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,250 @@
+"""A bundle's four graphs, ready to run: the Engine protocol and ONNX Runtime on the CPU.
+
+It knows tensors and files, not prompts, samplers or which rows deserve to be kept.
+"""
+
+import platform
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from personalq.bundle import Manifest, file_sha256, inside, read_manifest
+from personalq.errors import BundleError, EngineError, MissingExtraError
+from personalq.rows import Ids
+
+Array = npt.NDArray[np.float32]
+Session = Any  # onnxruntime.InferenceSession: the package has no types, and is imported when a session is opened
+# What the UNet needs to know about the prompts of a batch, by input name. Form 'split': rest int8 (B,77,R), rest_scale
+# float32 (B,77,2L), kept float16 (B,S,R), row_index int64 (B,77). Form 'full': rows float32 (B,77,R).
+Conditioning = Mapping[str, npt.NDArray[Any]]
+# (sample (B,4,h,w) float32, time step) -> noise_pred (B,4,h,w) float32, in a buffer that the next call overwrites.
+Denoiser = Callable[[Array, float], Array]
+
+UNET_INPUTS = {"split": ("rest", "rest_scale", "kept", "row_index"), "full": ("rows",)}
+ROWS_OUTPUTS = {"split": ("rows", "rest", "rest_scale", "kept"), "full": ("rows",)}
+LOWERING = "ort"
+TOKENIZER = "tokenizer.json"
+
+# MatMulAddFusion turns a quantised Linear with bias into a float Gemm (or, from opset 21, fails to load).
+DISABLED_OPTIMIZERS = ["MatMulAddFusion"]
+
+
+class Engine(Protocol):
+    """A bundle prepared for one target."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def bundle(self) -> Path: ...
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    def encode(self, ids: Ids) -> Array:
+        """ids (B,77) int64 -> text embeddings (B,77,C) float32."""
+
+    def text_rows(self, text_embeds: Array, kept_index: Ids) -> dict[str, npt.NDArray[Any]]:
+        """text_embeds (B,77,C), kept_index (B,S) -> rows float32 (B,77,R) and, form 'split', rest, rest_scale, kept."""
+
+    def denoiser(self, conditioning: Conditioning, height: int, width: int) -> Denoiser:
+        """Bind the prompts of a batch once -> the UNet as a function, for latents (B,4,height,width)."""
+
+    def decode(self, latent: Array) -> Array:
+        """latent (B,4,h,w) float32, already divided by scaling_factor -> image (B,3,H,W) in -1..1."""
+
+
+class OrtEngine:
+    """ONNX Runtime on the CPU. The files are checked against the manifest, then all graphs are opened."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Path, threads: int | None = None) -> None:
+        """Open a bundle. `threads`: for one operator; None lets ONNX Runtime use every core.
+
+        Raises BundleError when a file is not what was exported, EngineError when one is missing or cannot be opened.
+        """
+        self.bundle = bundle
+        self.manifest = read_manifest(bundle)
+        check_bytes(bundle, self.manifest)
+        graphs, form = self.manifest.graphs, self.manifest.rows.form
+        self._encoder = self._open(graphs.text_encoder, threads, ["input_ids"], ["last_hidden_state"])
+        rows_inputs = ["text_embeds", "kept_index"] if form == "split" else ["text_embeds"]
+        self._rows = self._open(graphs.text_rows, threads, rows_inputs, ROWS_OUTPUTS[form])
+        inputs = ["sample", "timestep", *UNET_INPUTS[form]]
+        self._unet = self._open(unet_file(self.manifest), threads, inputs, ["noise_pred"])
+        self._decoder = self._open(graphs.vae_decoder, threads, ["latent"], ["image"])
+
+    def _open(self, file: str, threads: int | None, inputs: Sequence[str], outputs: Sequence[str]) -> Session:
+        session = open_session(inside(self.bundle, file), threads)
+        _check_names(file, "inputs", [value.name for value in session.get_inputs()], inputs)
+        _check_names(file, "outputs", [value.name for value in session.get_outputs()], outputs)
+        return session
+
+    def encode(self, ids: Ids) -> Array:
+        return np.asarray(_run(self._encoder, ["last_hidden_state"], {"input_ids": ids})[0], dtype=np.float32)
+
+    def text_rows(self, text_embeds: Array, kept_index: Ids) -> dict[str, npt.NDArray[Any]]:
+        form = self.manifest.rows.form
+        feed = {"text_embeds": text_embeds, "kept_index": kept_index}
+        if form == "full":
+            del feed["kept_index"]
+        return dict(zip(ROWS_OUTPUTS[form], _run(self._rows, ROWS_OUTPUTS[form], feed), strict=True))
+
+    def denoiser(self, conditioning: Conditioning, height: int, width: int) -> Denoiser:
+        batch = len(next(iter(conditioning.values())))
+        shape = (batch, self.manifest.latent.channels, height, width)
+        inputs = {name: conditioning[name] for name in UNET_INPUTS[self.manifest.rows.form]}
+        return _BoundUnet(self._unet, inputs, shape)
+
+    def decode(self, latent: Array) -> Array:
+        return np.asarray(_run(self._decoder, ["image"], {"latent": latent})[0], dtype=np.float32)
+
+
+ENGINES: dict[str, Callable[[Path, int | None], Engine]] = {OrtEngine.name: OrtEngine}
+
+
+def open_engine(name: str, bundle: Path, threads: int | None = None) -> Engine:
+    """Open a bundle with the engine of that name. Raises EngineError for one this version does not have."""
+    if name not in ENGINES:
+        raise EngineError(f"engine: must be one of {', '.join(ENGINES)}, got {name!r}; choose another target")
+    return ENGINES[name](bundle, threads)
+
+
+class _BoundUnet:
+    """The UNet with its buffers bound once: a step copies the latents in and reads the prediction where it lies."""
+
+    def __init__(self, session: Session, conditioning: Conditioning, shape: tuple[int, ...]) -> None:
+        ort = import_onnxruntime()
+        self._session = session
+        self._sample, self._noise_pred = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self._timestep = np.zeros(1, np.float32)
+        self._binding = session.io_binding()
+        inputs = {"sample": self._sample, "timestep": self._timestep, **conditioning}
+        # An OrtValue made from a contiguous array on the CPU is that array's memory; it must outlive the binding.
+        self._values = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()
+        }
+        for name, value in self._values.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._output = ort.OrtValue.ortvalue_from_numpy(self._noise_pred)
+        self._binding.bind_ortvalue_output("noise_pred", self._output)
+
+    def __call__(self, sample: Array, timestep: float) -> Array:
+        np.copyto(self._sample, sample)
+        self._timestep[0] = timestep
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime raises its own classes over RuntimeError
+            raise EngineError(f"unet: cannot run on latents {sample.shape}: {one_line(error)}") from error
+        return self._noise_pred
+
+
+def unet_file(manifest: Manifest) -> str:
+    """The UNet graph for ONNX Runtime. Raises EngineError when the bundle was exported without it."""
+    if LOWERING not in manifest.graphs.unet:
+        have = ", ".join(sorted(manifest.graphs.unet)) or "none"
+        raise EngineError(
+            f"bundle {manifest.key[:12]}: must hold a UNet for '{LOWERING}', got {have}; "
+            f"run 'personalq export {manifest.checkpoint.id} --target onnxruntime'"
+        )
+    return manifest.graphs.unet[LOWERING]
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module. Raises MissingExtraError when it is not installed."""
+    try:
+        return import_module("onnxruntime")
+    except ImportError:
+        raise MissingExtraError("onnxruntime", "cpu") from None
+
+
+def open_session(file: Path, threads: int | None, *, profile: Path | None = None) -> Session:
+    """Open one graph on the CPU; `profile`: where to write what every node did. Raises EngineError in one line."""
+    ort = import_onnxruntime()
+    if not file.is_file():
+        raise EngineError(f"{file}: must be a graph, got no file; export the checkpoint again")
+    options = ort.SessionOptions()
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    if not has_int8_dot_product():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    try:
+        return ort.InferenceSession(
+            str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS
+        )
+    except Exception as error:  # onnxruntime raises its own classes over RuntimeError
+        raise EngineError(f"{file}: cannot be opened: {one_line(error)}; export the checkpoint again") from error
+
+
+def has_int8_dot_product() -> bool:
+    """False on an x86 CPU without VNNI (or where we cannot tell): its u8 x s8 kernels saturate at 16 bits, silently."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_vnni" in flags or "avx_vnni" in flags
+
+
+_checked: set[tuple[str, int, int, str]] = set()
+_checked_lock = threading.Lock()
+
+
+def check_bytes(bundle: Path, manifest: Manifest) -> None:
+    """Check every file's size, and its sha256 once per process (again when the file was touched).
+
+    Raises EngineError when a file is missing, BundleError when its bytes are not those that were exported.
+    """
+    for name, entry in manifest.files.items():
+        file = inside(bundle, name)
+        if not file.is_file():
+            raise EngineError(f"{name}: missing from bundle {bundle.name[:12]}; export the checkpoint again")
+        stat = file.stat()
+        if stat.st_size != entry.bytes:
+            raise BundleError(
+                f"{name}: must be {entry.bytes} bytes in bundle {bundle.name[:12]}, got {stat.st_size}; "
+                "export the checkpoint again"
+            )
+        seen = (str(file.resolve()), stat.st_mtime_ns, stat.st_ino, entry.sha256)
+        if seen in _checked:
+            continue
+        if file_sha256(file) != entry.sha256:
+            raise BundleError(
+                f"{name}: bytes differ from the sha256 in the manifest of bundle {bundle.name[:12]}; "
+                "export the checkpoint again"
+            )
+        with _checked_lock:
+            _checked.add(seen)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error, without the code that onnxruntime puts before it."""
+    lines = str(error).strip().splitlines()
+    return lines[0].split(" : ")[-1].strip().rstrip(".") if lines else type(error).__name__
+
+
+def _run(session: Session, outputs: Sequence[str], feed: dict[str, Any]) -> Sequence[Any]:
+    try:
+        return list(session.run(list(outputs), feed))
+    except Exception as error:  # onnxruntime raises its own classes over RuntimeError
+        shapes = ", ".join(f"{name} {value.shape}" for name, value in feed.items())
+        raise EngineError(f"{outputs[0]}: cannot be computed from {shapes}: {one_line(error)}") from error
+
+
+def _check_names(file: str, what: str, found: Sequence[str], expected: Sequence[str]) -> None:
+    if set(found) != set(expected):
+        raise EngineError(
+            f"{file}: {what} must be {', '.join(sorted(expected))}, got {', '.join(sorted(found))}; "
+            "export the checkpoint again with this version"
+        )

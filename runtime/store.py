@@ -1,0 +1,104 @@
+"""Which bundle and engine serve a checkpoint on a target: a table walk over a repository's bundles, never a build.
+
+It reads manifests; it does not open graphs.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from personalq.bundle import MANIFEST
+from personalq.errors import EngineError
+
+BUNDLES = "bundles"
+REFERENCE_POLICIES = ("fp32", "fp16")  # unquantised bundles: served only when nothing smaller exists
+
+# Target -> (engine that serves it, why it is another one than asked for).
+TARGETS: dict[str, tuple[str, str]] = {
+    "onnxruntime": ("onnxruntime", ""),
+    "openvino": ("onnxruntime", "this version has no OpenVINO engine; running ONNX Runtime on the CPU"),
+    "tensorrt": ("onnxruntime", "this version has no TensorRT engine; running ONNX Runtime on the CPU"),
+    "tensorrt-rtx": ("onnxruntime", "this version has no TensorRT for RTX engine; running ONNX Runtime on the CPU"),
+}
+# Two changes of a folder within one tick of the file system's clock look like one: a younger table is not kept.
+_CLOCK_TICK_S = 0.05
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a checkpoint's pictures come from. fallback_reason: '' or why the engine is not the one asked for."""
+
+    bundle: Path
+    engine_name: str
+    fallback_reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Bundles by checkpoint id, best first; a line for each folder that could not be read."""
+
+    mtime_ns: int
+    is_settled: bool
+    bundles: dict[str, list[Path]] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+
+
+class Store:
+    """The bundles of one repository. The table is read again when a bundle was added or removed."""
+
+    def __init__(self, repository: Path) -> None:
+        self.folder = repository / BUNDLES
+        self._table: _Table | None = None
+
+    def bundles(self, checkpoint_id: str) -> list[Path]:
+        """Every bundle of a checkpoint, best first: quantised before unquantised, then the latest."""
+        return list(self._current().bundles.get(checkpoint_id, ()))
+
+    def find(self, checkpoint_id: str, target: str = "onnxruntime") -> Found:
+        """The best bundle and engine for (checkpoint, target). Raises EngineError when there is no bundle."""
+        if target not in TARGETS:
+            raise EngineError(f"target: must be one of {', '.join(TARGETS)}, got {target!r}; choose one of them")
+        table = self._current()
+        bundles = table.bundles.get(checkpoint_id)
+        if not bundles:
+            unread = f" ({'; '.join(table.unreadable)})" if table.unreadable else ""
+            raise EngineError(
+                f"{checkpoint_id}: must have a bundle, got none{unread}: run 'personalq export {checkpoint_id}'"
+            )
+        engine_name, reason = TARGETS[target]
+        return Found(bundle=bundles[0], engine_name=engine_name, fallback_reason=reason)
+
+    def _current(self) -> _Table:
+        """A bundle is renamed into the folder whole, so the folder's own time says whether the table still holds."""
+        mtime_ns = self.folder.stat().st_mtime_ns if self.folder.is_dir() else 0
+        table = self._table
+        if table is None or table.mtime_ns != mtime_ns or not table.is_settled:
+            table = _read_table(self.folder, mtime_ns)
+            self._table = table
+        return table
+
+
+def find(repository: Path, checkpoint_id: str, target: str = "onnxruntime") -> Found:
+    """One look-up in a repository; keep a Store for many."""
+    return Store(repository).find(checkpoint_id, target)
+
+
+def _read_table(folder: Path, mtime_ns: int) -> _Table:
+    table = _Table(mtime_ns=mtime_ns, is_settled=time.time() - mtime_ns / 1e9 > _CLOCK_TICK_S)
+    ranked: dict[str, list[tuple[bool, int, str, Path]]] = {}
+    files = sorted(folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else []
+    for file in files:
+        if file.parent.name.startswith("."):
+            continue  # being written, or left behind by a process that was killed
+        try:
+            content = json.loads(file.read_text())
+            owner, policy = str(content["checkpoint"]["id"]), str(content["spec"]["policy"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            table.unreadable.append(f"bundle {file.parent.name[:12]} cannot be read: {type(error).__name__}")
+            continue
+        rank = (policy not in REFERENCE_POLICIES, file.stat().st_mtime_ns, file.parent.name, file.parent)
+        ranked.setdefault(owner, []).append(rank)
+    for owner, ranks in ranked.items():
+        table.bundles[owner] = [rank[-1] for rank in sorted(ranks, reverse=True)]
+    return table

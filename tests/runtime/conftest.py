@@ -1,0 +1,300 @@
+"""A whole bundle in miniature: four small ONNX graphs, a tokenizer, goldens and a manifest, built in a moment."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from personalq import numerics
+from personalq.bundle import (
+    MANIFEST,
+    CheckpointEntry,
+    FileEntry,
+    Graphs,
+    Latent,
+    Manifest,
+    Rows,
+    Sizes,
+    SpecEntry,
+    Text,
+    file_sha256,
+    manifest_bytes,
+)
+from personalq.rows import KeptTokens, pack_layers, packed_width
+
+TOKENIZER = Path(__file__).parents[1] / "data" / "tiny_tokenizer.json"
+VOCABULARY, CHANNELS, SLOTS = 585, 8, 4
+LAYERS = pack_layers([("mid.attn2", 4), ("up.attn2", 4)])
+R, L = packed_width(LAYERS), len(LAYERS)
+KEPT = KeptTokens(slots=SLOTS, trigger=((575,), (583, 584)), bos=True)
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
+
+
+class GraphBuilder:
+    """Nodes and initializers of one ONNX graph."""
+
+    def __init__(self) -> None:
+        import onnx
+
+        self.onnx, self.nodes, self.initializers, self.count = onnx, [], [], 0
+
+    def constant(self, value: Any, dtype: Any = np.float32) -> str:
+        self.count += 1
+        name = f"c{self.count}"
+        self.initializers.append(self.onnx.numpy_helper.from_array(np.asarray(value, dtype=dtype), name))
+        return name
+
+    def op(self, kind: str, *inputs: str, out: str = "", **attributes: Any) -> str:
+        self.count += 1
+        name = out or f"v{self.count}"
+        self.nodes.append(self.onnx.helper.make_node(kind, list(inputs), [name], name=f"n{self.count}", **attributes))
+        return name
+
+    def fake_quantize(self, x: str, scale: float, out: str = "") -> str:
+        s, zero = self.constant(scale), self.constant(0, np.int8)
+        return self.op("DequantizeLinear", self.op("QuantizeLinear", x, s, zero), s, zero, out=out)
+
+    def weight(self, w: np.ndarray, axis: int, *, quantised: bool) -> str:
+        if not quantised:
+            return self.constant(w)
+        scale = numerics.absmax_scale(w, numerics.INT8, axis)
+        q = self.constant(numerics.quantize(w, scale, numerics.INT8, axis), np.int8)
+        zero = self.constant(np.zeros(scale.shape), np.int8)
+        return self.op("DequantizeLinear", q, self.constant(scale), zero, axis=axis)
+
+    def save(self, file: Path, inputs: dict[str, tuple[Any, list]], outputs: dict[str, tuple[Any, list]]) -> None:
+        helper = self.onnx.helper
+        infos = [
+            [
+                helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
+                for name, (dtype, shape) in group.items()
+            ]
+            for group in (inputs, outputs)
+        ]
+        graph = helper.make_graph(self.nodes, file.stem, infos[0], infos[1], self.initializers)
+        self.onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), str(file))
+
+
+def write_text_encoder(file: Path, random: np.random.Generator) -> None:
+    graph = GraphBuilder()
+    table = graph.constant(random.standard_normal((VOCABULARY, CHANNELS)))
+    embedded = graph.op("Gather", table, "input_ids")
+    place = graph.constant(random.standard_normal((1, 77, CHANNELS)) * 0.3)
+    graph.op("Add", embedded, place, out="last_hidden_state")
+    graph.save(file, {"input_ids": (np.int64, ["B", 77])}, {"last_hidden_state": (np.float32, ["B", 77, CHANNELS])})
+
+
+def write_text_rows(file: Path, random: np.random.Generator, form: str) -> None:
+    graph = GraphBuilder()
+    weight = graph.constant(random.standard_normal((CHANNELS, R)) / 3)
+    rows = graph.op("MatMul", "text_embeds", weight, out="rows")
+    inputs = {"text_embeds": (np.float32, ["B", 77, CHANNELS])}
+    outputs = {"rows": (np.float32, ["B", 77, R])}
+    if form == "split":
+        parts = graph.op("Reshape", rows, graph.constant([0, 77, 2 * L, -1], np.int64))
+        peak = graph.op("ReduceMax", graph.op("Abs", parts), graph.constant([-1], np.int64), keepdims=1)
+        scale = graph.op("Max", graph.op("Div", peak, graph.constant(127.0)), graph.constant(2.0**-14))
+        steps = graph.op("Round", graph.op("Div", parts, scale))
+        graph.op("Squeeze", scale, graph.constant([-1], np.int64), out="rest_scale")
+        flat = graph.op("Reshape", steps, graph.constant([0, 77, R], np.int64))
+        graph.op("Cast", flat, out="rest", to=graph.onnx.TensorProto.INT8)
+        index = graph.op("Unsqueeze", "kept_index", graph.constant([-1], np.int64))
+        kept = graph.op("GatherND", rows, index, batch_dims=1)
+        graph.op("Cast", kept, out="kept", to=graph.onnx.TensorProto.FLOAT16)
+        inputs["kept_index"] = (np.int64, ["B", SLOTS])
+        outputs |= {"rest": (np.int8, ["B", 77, R]), "rest_scale": (np.float32, ["B", 77, 2 * L])}
+        outputs["kept"] = (np.float16, ["B", SLOTS, R])
+    graph.save(file, inputs, outputs)
+
+
+def write_unet(file: Path, random: np.random.Generator, form: str, *, quantised: bool) -> None:
+    graph = GraphBuilder()
+    kernel, project = random.standard_normal((4, 4, 3, 3)) / 6, random.standard_normal((R, 4)) / 2
+    inputs = {"sample": (np.float32, ["B", 4, "h", "w"]), "timestep": (np.float32, [1])}
+    if form == "split":
+        parts = graph.op("Reshape", graph.op("Cast", "rest", to=1), graph.constant([0, 77, 2 * L, -1], np.int64))
+        scale = graph.op("Unsqueeze", "rest_scale", graph.constant([-1], np.int64))
+        rest = graph.op("Reshape", graph.op("Mul", parts, scale), graph.constant([0, 77, R], np.int64))
+        both = graph.op("Concat", rest, graph.op("Cast", "kept", to=1), axis=1)
+        index = graph.op("Unsqueeze", "row_index", graph.constant([-1], np.int64))
+        rows = graph.op("GatherND", both, index, batch_dims=1)
+        inputs |= {"rest": (np.int8, ["B", 77, R]), "rest_scale": (np.float32, ["B", 77, 2 * L])}
+        inputs |= {"kept": (np.float16, ["B", SLOTS, R]), "row_index": (np.int64, ["B", 77])}
+    else:
+        rows, inputs["rows"] = "rows", (np.float32, ["B", 77, R])
+    mean = graph.op("ReduceMean", rows, graph.constant([1], np.int64), keepdims=0)
+    sample = "sample"
+    if quantised:
+        mean, sample = graph.fake_quantize(mean, 0.02), graph.fake_quantize(sample, 0.05)
+    conv = graph.op("Conv", sample, graph.weight(kernel, 0, quantised=quantised), pads=[1, 1, 1, 1])
+    conv = graph.fake_quantize(conv, 0.04) if quantised else conv
+    told = graph.op("MatMul", mean, graph.weight(project, 1, quantised=quantised))
+    told = graph.op("Unsqueeze", told, graph.constant([2, 3], np.int64))
+    when = graph.op("Mul", "timestep", graph.constant(1e-4))
+    graph.op("Add", graph.op("Add", conv, told), when, out="noise_pred")
+    graph.save(file, inputs, {"noise_pred": (np.float32, ["B", 4, "h", "w"])})
+
+
+def write_decoder(file: Path, random: np.random.Generator) -> None:
+    graph = GraphBuilder()
+    mixed = graph.op("Conv", "latent", graph.constant(random.standard_normal((3, 4, 1, 1)) / 2))
+    scales = graph.constant([1, 1, 2, 2])
+    large = graph.op("Resize", mixed, "", scales, mode="nearest")
+    graph.op("Tanh", large, out="image")
+    graph.save(file, {"latent": (np.float32, ["B", 4, "h", "w"])}, {"image": (np.float32, ["B", 3, "H", "W"])})
+
+
+def write_bundle(folder: Path, *, form: str = "split", quantised: bool = True, **changes: Any) -> Path:
+    """A bundle without goldens. The same weights in every form."""
+    folder.mkdir(parents=True)
+    seeds = [np.random.default_rng(seed) for seed in range(4)]
+    write_text_encoder(folder / "text_encoder.onnx", seeds[0])
+    write_text_rows(folder / "text_rows.onnx", seeds[1], form)
+    write_unet(folder / "unet.ort.onnx", seeds[2], form, quantised=quantised)
+    write_decoder(folder / "vae_decoder.onnx", seeds[3])
+    shutil.copy(TOKENIZER, folder / "tokenizer.json")
+    kind = "int8/int8" if quantised else "float/float"
+    bits, policy = ("w8a8", "taq") if quantised else ("fp32", "fp32")
+    settings: dict[str, Any] = {
+        "key": folder.name,
+        "key_parts": {"spec": policy},
+        "checkpoint": CheckpointEntry(
+            id="moss-mug",
+            name="Moss mug",
+            kind="textual_inversion",
+            base="tiny",
+            trigger=("sks", "<moss-mug>"),
+            sha256="0",
+        ),
+        "family": "tiny",
+        "exporter_version": "1",
+        "spec": SpecEntry(name=policy, policy=policy, bits=bits, sha256="0", storage="float32"),
+        "graphs": Graphs(
+            unet={"ort": "unet.ort.onnx"},
+            text_rows="text_rows.onnx",
+            text_encoder="text_encoder.onnx",
+            vae_decoder="vae_decoder.onnx",
+        ),
+        "rows": Rows(form=form, width=R, layers=tuple(LAYERS), kept=KEPT),
+        "text": Text(bos_id=581, eos_id=582, pad_id=582, expansions={"<moss-mug>": "<moss-mug> <moss-mug>_1"}),
+        "latent": Latent(height=8, width=8, scale=2, scaling_factor=0.5),
+        "scheduler": SCHEDULER,
+        "steps": 4,
+        "guidance": 3.0,
+        "sizes": Sizes(unet=1, unet_fp16=2, unet_fp32=4),
+        "census": {f"conv {kind}": 1, f"linear {kind}": 1},
+    }
+    seal(folder, Manifest(**{**settings, **changes}))
+    return folder
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest with the hashes of what lies in the folder."""
+    names = sorted(file.name for file in folder.iterdir() if file.name != MANIFEST)
+    files = {name: FileEntry(sha256=file_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in names}
+    (folder / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update={"files": files})))
+
+
+def write_golden(folder: Path, reference: Path) -> None:
+    """Goldens of `folder`, computed with the unquantised bundle `reference` of the same weights."""
+    from safetensors.numpy import save_file
+
+    from personalq.bundle import read_manifest
+    from runtime.engine import OrtEngine
+    from runtime.pipeline import Pipeline, start_noise
+
+    engine = OrtEngine(reference, threads=1)
+    pipeline = Pipeline(engine)
+    prompts = ["", "a photo of sks dog on the beach", "<moss-mug> in the snow"]
+    random = np.random.default_rng(7)
+    ids = np.stack([pipeline.tokenizer.encode(prompt).ids for prompt in prompts])
+    embeds = engine.encode(ids)
+    rows = engine.text_rows(embeds, np.zeros((3, SLOTS), np.int64))["rows"]
+    prompt, times = np.array([1, 2, 0, 1]), np.array([999, 700, 400, 100], np.float32)
+    sample = random.standard_normal((4, 4, 8, 8)).astype(np.float32)
+    noise_pred = [
+        engine.denoiser({"rows": rows[p][None]}, 8, 8)(x[None], float(t))[0].copy()
+        for p, t, x in zip(prompt, times, sample, strict=True)
+    ]
+    latent = random.standard_normal((2, 4, 8, 8)).astype(np.float32)
+    noise = np.stack([start_noise(seed, (4, 8, 8)) for seed in range(2)])
+    images = [pipeline.image(prompts[p], noise=x) for p, x in zip((1, 2), noise, strict=True)]
+    tensors = {
+        "ids": ids,
+        "text_embeds": embeds,
+        "rows": rows,
+        "sample": sample,
+        "timestep": times,
+        "prompt": prompt,
+        "noise_pred": np.stack(noise_pred),
+        "latent": latent,
+        "decoded": engine.decode(latent),
+        "image_prompt": np.array([1, 2]),
+        "start_noise": noise,
+        "images": np.stack(images),
+    }
+    metadata = {"prompts": json.dumps(prompts), "steps": "4", "guidance": "3.0"}
+    save_file(tensors, folder / "golden.safetensors", metadata)
+    seal(folder, read_manifest(folder))
+
+
+@pytest.fixture(scope="session")
+def made_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """'split': W8A8 with kept rows; 'full': the float32 reference. Read only: copy before changing one."""
+    pytest.importorskip("onnx", reason="onnx builds the graphs of the tiny bundle")
+    root = tmp_path_factory.mktemp("bundles")
+    full = write_bundle(root / "full0000", form="full", quantised=False)
+    split = write_bundle(root / "split000")
+    for folder in (full, split):
+        write_golden(folder, full)
+    return {"split": split, "full": full}
+
+
+@pytest.fixture
+def bundle(made_bundles: dict[str, Path]) -> Path:
+    return made_bundles["split"]
+
+
+@pytest.fixture
+def reference(made_bundles: dict[str, Path]) -> Path:
+    return made_bundles["full"]
+
+
+@pytest.fixture
+def copied(made_bundles: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the split bundle that a test may spoil."""
+    return Path(shutil.copytree(made_bundles["split"], tmp_path / "spoiled0"))
+
+
+@pytest.fixture
+def make_bundle(made_bundles: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Build a bundle with other manifest fields: make_bundle(name, steps=3)."""
+
+    def make(name: str, **settings: Any) -> Path:
+        return write_bundle(tmp_path / name, **settings)
+
+    return make
+
+
+@pytest.fixture
+def reseal() -> Callable[..., None]:
+    """reseal(folder, steps=3): write the manifest anew with the hashes of what lies there now."""
+    from personalq.bundle import read_manifest
+
+    def again(folder: Path, **changes: Any) -> None:
+        seal(folder, read_manifest(folder).model_copy(update=changes))
+
+    return again
