@@ -1,0 +1,105 @@
+"""A checkpoint as diffusers itself runs it: FP32 pipeline with the delta loaded by diffusers' own loaders."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from personalq.card import Card
+from personalq.errors import RepositoryError
+from personalq.repository import Repository
+
+WHOLE = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
+
+
+def load_pipeline(repository: Repository, card: Card, device: str = "cpu") -> StableDiffusionPipeline:
+    """The checkpoint's FP32 pipeline, DDIM scheduler, delta merged where diffusers can. Raises RepositoryError."""
+    base_dir, folder = repository.base_dir(card), repository.checkpoint_dir(card.id)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = StableDiffusionPipeline.from_pretrained(
+            base_dir, torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False, local_files_only=True
+        )
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        LOADERS[card.kind](pipe, folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def _load_whole(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    for name, model in WHOLE.items():
+        if (folder / name).is_dir():
+            setattr(pipe, name, model.from_pretrained(folder / name, torch_dtype=torch.float32))
+
+
+def _load_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    pipe.load_lora_weights(folder, weight_name=_only(folder, "*.safetensors").name)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+
+
+def _load_tokens(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    for file in sorted(folder.glob("*.safetensors")):
+        if not file.name.startswith("pytorch_custom_diffusion"):
+            pipe.load_textual_inversion(folder, weight_name=file.name)
+
+
+def _load_custom_diffusion(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    pipe.unet.load_attn_procs(folder, weight_name=_only(folder, "pytorch_custom_diffusion*.safetensors").name)
+    _load_tokens(pipe, folder)
+
+
+LOADERS = {
+    "dreambooth": _load_whole,
+    "lora": _load_lora,
+    "textual_inversion": _load_tokens,
+    "custom_diffusion": _load_custom_diffusion,
+}
+
+
+def _only(folder: Path, pattern: str) -> Path:
+    files = sorted(folder.glob(pattern))
+    if len(files) != 1:
+        raise RepositoryError(f"{folder}: must hold one file {pattern}, got {len(files)}; add the checkpoint again")
+    return files[0]
+
+
+def quantisable_layers(unet: nn.Module) -> dict[str, nn.Module]:
+    """Every Conv2d and Linear of the step path, by module name. Text K/V projections run once per prompt, apart from it."""
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+        and not name.endswith(("attn2.to_k", "attn2.to_v"))
+        and ".processor." not in name
+    }
+
+
+def cross_attention(unet: nn.Module) -> list[tuple[str, Any]]:
+    """(name, module) of every cross-attention layer, in module order: the order of the packed text rows."""
+    return [(name, module) for name, module in unet.named_modules() if name.endswith(".attn2")]
+
+
+def text_projections(attention: Any) -> tuple[nn.Module, nn.Module]:
+    """The layer's K and V projections of text; Custom Diffusion keeps its own in the attention processor."""
+    processor = attention.processor
+    key = getattr(processor, "to_k_custom_diffusion", attention.to_k)
+    return key, getattr(processor, "to_v_custom_diffusion", attention.to_v)
+
+
+def packed_rows(unet: nn.Module, text_embeds: Tensor) -> Tensor:
+    """text_embeds (B,77,C) -> rows (B,77,R): K then V of every cross-attention layer, side by side."""
+    layers = [attention for _, attention in cross_attention(unet)]
+    return torch.cat([project(text_embeds) for layer in layers for project in text_projections(layer)], dim=-1)
+
+
+def encode(pipe: StableDiffusionPipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """prompts -> (ids (P,77) int64, text_embeds (P,77,C) float32), as the diffusers pipeline does it."""
+    texts = [pipe.maybe_convert_prompt(prompt, pipe.tokenizer) for prompt in prompts]
+    ids = pipe.tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return ids, pipe.text_encoder(ids.to(pipe.device))[0]

@@ -1,0 +1,82 @@
+"""Goldens: what the FP32 torch pipeline, with the delta loaded by diffusers itself, computes. The gate compares with these."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.numpy import save
+
+from personalq.atomic import write_atomic
+from personalq.card import Card
+
+from .model import encode, packed_rows
+from .prompts import is_style, subject_of
+
+TIMESTEPS = (999, 799, 599, 399, 199, 39)
+
+
+def start_noise(pipe: StableDiffusionPipeline, seed: int) -> npt.NDArray[np.float32]:
+    """(4,h,w) float32 start latents of a seed, as the runtime draws them."""
+    side = pipe.unet.config.sample_size
+    return np.random.default_rng(seed).standard_normal((pipe.unet.config.in_channels, side, side)).astype(np.float32)
+
+
+def golden_prompts(card: Card) -> list[str]:
+    """The empty prompt, then prompts with the trigger."""
+    subject = subject_of(card)
+    if is_style(card):
+        return ["", f"a dog on the beach in the style of {subject}", f"a house in the snow in the style of {subject}"]
+    return ["", f"a photo of {subject} on the beach", f"a photo of {subject} in the snow"]
+
+
+def write_reference(pipe: StableDiffusionPipeline, card: Card, path: Path, steps: int, guidance: float) -> None:
+    """Run every part of the pipeline in FP32 and write inputs and outputs to `path` (safetensors, atomically)."""
+    prompts = golden_prompts(card)
+    ids, embeds = encode(pipe, prompts)
+    generator = np.random.default_rng(7)
+    side, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
+    sample = generator.standard_normal((len(TIMESTEPS), channels, side, side)).astype(np.float32)
+    prompt = np.array([1 + i % (len(prompts) - 1) for i in range(len(TIMESTEPS))], np.int64)
+    noise = np.stack([start_noise(pipe, seed) for seed in range(2)])
+    with torch.no_grad():
+        rows = packed_rows(pipe.unet, embeds)
+        predicted = [
+            pipe.unet(torch.from_numpy(sample[i : i + 1]), torch.tensor(t), embeds[prompt[i] : prompt[i] + 1]).sample
+            for i, t in enumerate(TIMESTEPS)
+        ]
+        latents = [_image_latents(pipe, prompts[1 + i], noise[i : i + 1], steps, guidance) for i in range(2)]
+        latent = torch.cat(latents) / pipe.vae.config.scaling_factor
+        decoded = pipe.vae.decode(latent).sample
+    images = ((decoded.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    tensors = {
+        "ids": ids.numpy(),
+        "text_embeds": embeds.numpy(),
+        "rows": rows.numpy(),
+        "sample": sample,
+        "timestep": np.array(TIMESTEPS, np.float32),
+        "prompt": prompt,
+        "noise_pred": torch.cat(predicted).numpy(),
+        "latent": latent.numpy(),
+        "decoded": decoded.numpy(),
+        "image_prompt": np.array([1, 2], np.int64),
+        "start_noise": noise,
+        "images": images.numpy(),
+    }
+    metadata = {"prompts": json.dumps(prompts), "steps": str(steps), "guidance": str(guidance)}
+    blob = save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata=metadata)
+    write_atomic(path, blob)
+
+
+def _image_latents(
+    pipe: StableDiffusionPipeline, prompt: str, noise: npt.NDArray[np.float32], steps: int, guidance: float
+) -> torch.Tensor:
+    return pipe(
+        prompt,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        latents=torch.from_numpy(noise),
+        output_type="latent",
+    ).images

@@ -1,0 +1,83 @@
+"""Streamed statistics of the UNet's layers: ranges of every Conv and Linear input and Conv output, per time-step bin."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .histogram import Histogram
+from .model import quantisable_layers
+
+N_TIME_BINS = 5
+
+
+def time_bin(timestep: float, train_steps: int = 1000) -> int:
+    """Which of the N_TIME_BINS equal parts of the schedule a time step falls into."""
+    return min(int(timestep * N_TIME_BINS / train_steps), N_TIME_BINS - 1)
+
+
+@dataclass
+class LayerRanges:
+    """Histograms of |input| and (Conv only) |output|, one per time-step bin."""
+
+    op: str
+    weight: Tensor
+    inputs: list[Histogram] = field(default_factory=lambda: [Histogram.empty() for _ in range(N_TIME_BINS)])
+    outputs: list[Histogram] = field(default_factory=lambda: [Histogram.empty() for _ in range(N_TIME_BINS)])
+
+    def input(self) -> Histogram:
+        return _merge(self.inputs)
+
+    def output(self) -> Histogram:
+        return _merge(self.outputs)
+
+
+def _merge(histograms: list[Histogram]) -> Histogram:
+    total = histograms[0]
+    for histogram in histograms[1:]:
+        total = total.merged(histogram)
+    return total
+
+
+class Observer:
+    """Collects LayerRanges while the UNet runs; memory does not grow with the number of samples."""
+
+    def __init__(self, unet: nn.Module):
+        self.unet = unet
+        self.layers = {
+            name: LayerRanges("conv" if isinstance(module, nn.Conv2d) else "linear", module.weight.detach())
+            for name, module in quantisable_layers(unet).items()
+        }
+        self.bin = 0
+        self.samples = 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks are on the UNet inside the block, and gone after it."""
+        handles = [self.unet.register_forward_pre_hook(self._note_time, with_kwargs=True)]
+        for name, module in quantisable_layers(self.unet).items():
+            handles.append(module.register_forward_hook(self._hook(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note_time(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        sample = args[0] if args else kwargs["sample"]
+        self.bin = time_bin(float(torch.as_tensor(timestep).flatten()[0]))
+        self.samples += sample.shape[0]
+
+    def _hook(self, name: str) -> Any:
+        ranges = self.layers[name]
+
+        def note(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            ranges.inputs[self.bin].add(args[0], f"{name} input")
+            if ranges.op == "conv":
+                ranges.outputs[self.bin].add(output, f"{name} output")
+
+        return note

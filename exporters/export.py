@@ -1,0 +1,264 @@
+"""Checkpoint + spec -> bundle: content-addressed, written beside its place and renamed into it, reused when it exists."""
+
+import json
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from personalq.atomic import atomic_directory
+from personalq.bundle import (
+    MANIFEST,
+    CheckpointEntry,
+    FileEntry,
+    Graphs,
+    Latent,
+    Manifest,
+    Rows,
+    Sizes,
+    SpecEntry,
+    bundle_key,
+    check_files,
+    file_sha256,
+    manifest_bytes,
+    read_manifest,
+)
+from personalq.card import Card
+from personalq.errors import BundleError, SpecError
+from personalq.identity import weights_sha256
+from personalq.repository import Repository
+from personalq.spec import SpecFile, read_spec
+
+from .family import Family, open_family
+from .lower_ort import STORAGE, Lowered, lower_unet, store_floats
+from .rows_pass import emit_storage_form
+from .store import write_graph
+from .tokenizer import write_tokenizer
+from .weights import CheckpointWeights, open_weights
+
+EXPORTER_VERSION = "1"
+REFERENCE = "reference.safetensors"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """bundle: its folder; bytes*: the UNet (graph, weights, text-row encoder) as exported and unquantised."""
+
+    bundle: Path
+    key: str
+    bytes: int
+    bytes_fp16: int
+    bytes_fp32: int
+    engines: tuple[str, ...]
+    seconds: float
+    peak_rss_bytes: int
+    reused: bool
+
+
+def export_checkpoint(
+    repository: Repository, checkpoint_id: str, spec_path: Path, progress: Progress = lambda _: None
+) -> ExportResult:
+    """Export one checkpoint under one spec into `<repository>/bundles/<key>/` and return where it is.
+
+    Raises RepositoryError, SpecError or BundleError, each one line; on any failure nothing is left behind.
+    """
+    started = time.perf_counter()
+    card, spec_file = repository.card(checkpoint_id), read_spec(spec_path)
+    base_dir, reference = repository.base_dir(card), spec_path.parent / REFERENCE
+    progress("reading weights")
+    weights = open_weights(base_dir, repository.checkpoint_dir(card.id), card.kind)
+    family = open_family(repository.root / "families", base_dir, progress)
+    parts = {
+        "weights": weights_sha256(base_dir, repository.checkpoint_dir(card.id)),
+        "spec": spec_file.content_sha256(),
+        "exporter": EXPORTER_VERSION,
+        "family": family.key,
+        "reference": file_sha256(reference) if reference.is_file() else "none",
+    }
+    check_fits(spec_file, card, parts)
+    key = bundle_key(parts)
+    folder = repository.root / "bundles" / key
+    reused = is_intact(folder)
+    if not reused:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_directory(folder) as temporary:
+            job = Job(card, base_dir, weights, family, spec_file, parts, key, temporary, progress)
+            write_bundle(job)
+            if reference.is_file():
+                shutil.copyfile(reference, temporary / "golden.safetensors")
+            finish(job, temporary)
+    sizes = read_manifest(folder).sizes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = time.perf_counter() - started
+    return ExportResult(folder, key, sizes.unet, sizes.unet_fp16, sizes.unet_fp32, ("onnxruntime",), seconds, peak, reused)
+
+
+@dataclass
+class Job:
+    """Everything one export needs; `drafts` collects manifest fields as the parts are written."""
+
+    card: Card
+    base_dir: Path
+    weights: CheckpointWeights
+    family: Family
+    spec_file: SpecFile
+    parts: dict[str, str]
+    key: str
+    folder: Path
+    progress: Progress
+
+
+def check_fits(spec_file: SpecFile, card: Card, parts: dict[str, str]) -> None:
+    """Refuse a spec made for another checkpoint, other weights or another architecture."""
+    spec = spec_file.spec
+    for field, wanted, found in (
+        ("checkpoint", card.id, spec.checkpoint),
+        ("family", parts["family"], spec.family),
+        ("provenance.checkpoint_sha256", parts["weights"], spec.provenance.checkpoint_sha256),
+    ):
+        if found != wanted:
+            raise SpecError(f"spec {spec.name}: {field}: must be {wanted}, got {found!r}; run 'personalq calibrate {card.id}'")
+
+
+def is_intact(folder: Path) -> bool:
+    """True when a finished bundle of this key is already there, byte for byte."""
+    try:
+        return not check_files(folder, read_manifest(folder))
+    except BundleError:
+        return False
+
+
+def write_bundle(job: Job) -> None:
+    """Write every graph, its weights, the tokenizer and the manifest into the job's folder."""
+    spec = job.spec_file.spec
+    unet = job.weights.component("unet")
+    job.progress("quantising the UNet")
+    lowered = lower_unet(job.family.graph("unet"), job.spec_file)
+    write_graph(lowered.model, lowered.tensors, unet.read, job.folder / "unet.ort.onnx", "weights.data")
+    job.progress("writing text rows, text encoder, VAE decoder")
+    rows = job.family.graph("text_rows")
+    if not spec.is_float:
+        emit_storage_form(rows, spec.rows.layers, spec.rows.kept.slots)
+    storage = STORAGE[spec.storage]
+    for name, model, component in (
+        ("text_rows", rows, "unet"),
+        ("text_encoder", job.family.graph("text_encoder"), "text_encoder"),
+        ("vae_decoder", job.family.graph("vae_decoder"), "vae"),
+    ):
+        source = job.weights.component(component)
+        if name == "text_encoder":
+            fit_vocabulary(model, source.shape("embeddings.token_embedding.weight"))
+        tensors = store_floats(model, set(), storage)
+        write_graph(model, tensors, source.read, job.folder / f"{name}.onnx", f"{name}.data")
+    text = write_tokenizer(job.base_dir, job.weights, job.folder / "tokenizer.json")
+    job.spec_file.write(job.folder / "spec.json")
+    manifest = Manifest(
+        key=job.key,
+        key_parts=job.parts,
+        checkpoint=checkpoint_entry(job),
+        family=job.family.key,
+        exporter_version=EXPORTER_VERSION,
+        spec=SpecEntry(
+            name=spec.name, policy=spec.policy, bits=spec.bits, sha256=job.parts["spec"], storage=spec.storage
+        ),
+        graphs=Graphs(
+            unet={"ort": "unet.ort.onnx"},
+            text_rows="text_rows.onnx",
+            text_encoder="text_encoder.onnx",
+            vae_decoder="vae_decoder.onnx",
+        ),
+        rows=Rows(
+            form="full" if spec.is_float else "split",
+            width=sum(2 * layer.width for layer in spec.rows.layers),
+            layers=spec.rows.layers,
+            kept=spec.rows.kept,
+        ),
+        text=text,
+        latent=latent_of(job.family.configs),
+        scheduler=json.loads((job.base_dir / "scheduler" / "scheduler_config.json").read_text()),
+        **sampling_defaults(job.base_dir),
+        sizes=unet_sizes(job, lowered),
+        census=lowered.census,
+        unquantised=lowered.unquantised,
+        versions={name: version(name) for name in ("onnx-ir", "numpy")},
+    )
+    (job.folder / MANIFEST).write_bytes(manifest_bytes(manifest))
+
+
+def finish(job: Job, folder: Path) -> None:
+    """Record every file's hash in the manifest: the last thing written."""
+    manifest = read_manifest(folder)
+    files = {
+        path.name: FileEntry(sha256=file_sha256(path), bytes=path.stat().st_size)
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+    (folder / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update={"files": files})))
+
+
+def checkpoint_entry(job: Job) -> CheckpointEntry:
+    card = job.card
+    return CheckpointEntry(
+        id=card.id,
+        name=card.name,
+        kind=card.kind,
+        base=card.base,
+        trigger=tuple(card.trigger),
+        class_noun=card.class_noun,
+        sha256=job.parts["weights"],
+    )
+
+
+def fit_vocabulary(model: ir.Model, shape: tuple[int, ...]) -> None:
+    """Give the token embedding the checkpoint's number of rows (Textual Inversion adds some)."""
+    value = model.graph.initializers["embeddings.token_embedding.weight"]
+    value.shape = ir.Shape(shape)
+
+
+def latent_of(configs: dict[str, dict[str, Any]]) -> Latent:
+    """The latent space as the VAE and UNet configs describe it."""
+    vae, unet = configs["vae"], configs["unet"]
+    return Latent(
+        channels=vae["latent_channels"],
+        height=unet["sample_size"],
+        width=unet["sample_size"],
+        scale=2 ** (len(vae["block_out_channels"]) - 1),
+        scaling_factor=vae.get("scaling_factor", 0.18215),
+        shift_factor=vae.get("shift_factor") or 0.0,
+    )
+
+
+def sampling_defaults(base_dir: Path) -> dict[str, Any]:
+    """Steps and guidance the base recommends (`personalq.json` in its folder), else Stable Diffusion's usual ones."""
+    file = base_dir / "personalq.json"
+    wanted = json.loads(file.read_text()) if file.is_file() else {}
+    return {"steps": int(wanted.get("steps", 25)), "guidance": float(wanted.get("guidance", 7.5))}
+
+
+def unet_sizes(job: Job, lowered: Lowered) -> Sizes:
+    """Bytes on disk of UNet and text-row encoder; unquantised ones = the family's graphs + every weight at 2 or 4 bytes."""
+    written = ("unet.ort.onnx", "weights.data", "text_rows.onnx", "text_rows.data")
+    unet = job.weights.component("unet")
+    n_weights = sum(_numel(unet.shape(name)) for name in unet.names())
+    graphs = sum((job.family.folder / f"{name}.onnx").stat().st_size for name in ("unet", "text_rows"))
+    return Sizes(
+        unet=sum((job.folder / name).stat().st_size for name in written),
+        unet_fp16=graphs + 2 * n_weights,
+        unet_fp32=graphs + 4 * n_weights,
+    )
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count

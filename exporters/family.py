@@ -1,0 +1,81 @@
+"""A family: the graphs that every checkpoint of one architecture shares, kept in the repository without weights.
+
+`families/<key>-v<recipe>/` holds one ONNX file per graph (checkpoint tensors are external references to nothing, by name) and
+`family.json`. The key hashes the components' configs, so an equal architecture is traced once per tracing recipe.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from personalq.atomic import atomic_directory
+from personalq.errors import MissingExtraError
+from personalq.identity import family_key, read_configs
+
+TRACE_VERSION = "1"
+GRAPHS = ("unet", "text_rows", "text_encoder", "vae_decoder")
+COMPONENTS = ("unet", "text_encoder", "vae")
+# Config fields that change no graph: where the file came from, and sizes that a checkpoint's own tensors tell.
+IGNORED = {
+    "_name_or_path",
+    "_diffusers_version",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "vocab_size",
+    "architectures",
+}
+NOTHING = "left-out"
+
+
+@dataclass(frozen=True)
+class Family:
+    """key, folder, and the configs the graphs were traced from."""
+
+    key: str
+    folder: Path
+    configs: dict[str, dict[str, Any]]
+
+    def graph(self, name: str) -> ir.Model:
+        """A fresh, editable copy of one graph; its checkpoint tensors have shapes and types but no bytes."""
+        return ir.load(self.folder / f"{name}.onnx")
+
+
+def open_family(families: Path, base_dir: Path, progress: Callable[[str], None] = lambda _: None) -> Family:
+    """The family of `base_dir`'s architecture; traced now (torch needed) when the repository does not have it yet."""
+    configs = read_configs(base_dir)
+    key = family_key(configs)
+    folder = families / f"{key}-v{TRACE_VERSION}"
+    if not (folder / "family.json").is_file():
+        progress("tracing the family's graphs (once per architecture)")
+        graphs = _trace(configs)
+        families.mkdir(parents=True, exist_ok=True)
+        with atomic_directory(folder) as temporary:
+            for name in GRAPHS:
+                save_without_weights(graphs[name], temporary / f"{name}.onnx")
+            note = {"key": key, "trace_version": TRACE_VERSION, "configs": configs}
+            (temporary / "family.json").write_text(json.dumps(note, indent=1, sort_keys=True) + "\n")
+    return Family(key, folder, configs)
+
+
+def _trace(configs: dict[str, dict[str, Any]]) -> dict[str, ir.Model]:
+    try:
+        from .trace import trace_graphs
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "torch", "export") from error
+    return trace_graphs(configs)
+
+
+def save_without_weights(model: ir.Model, path: Path) -> None:
+    """Write the graph; checkpoint tensors (named like torch parameters, so with a dot) become references to no file."""
+    for name, value in model.graph.initializers.items():
+        if "." in name:
+            tensor = value.const_value
+            value.const_value = ir.ExternalTensor(
+                NOTHING, 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=path.parent
+            )
+    ir.save(model, path)

@@ -1,0 +1,144 @@
+"""The `ort` lowering: family graph + spec -> the graph ONNX Runtime's CPU provider (and OpenVINO) run in integers.
+
+FP32 around int8. What the kernels want (facts measured with ONNX Runtime 1.32): explicit zero points; a Conv fuses into
+QLinearConv only when its output is quantised too; a Linear is MatMul + Add, never Gemm (see runtime.engine for the
+optimiser that must stay off). Attention products stay float: they are faster so, and trigger attention stays exact.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from personalq.errors import SpecError
+from personalq.numerics import QTYPES, quantize
+from personalq.spec import LayerSpec, SpecFile
+
+from .layers_pass import LayerNode, find_layers, split_gemms
+from .nodes import Builder, add_initializer
+from .rows_pass import assemble_rows
+from .store import Array, StoredTensor, as_float
+
+STORAGE = {"float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT}
+
+
+@dataclass
+class Lowered:
+    """A graph ready to be written, the tensors it needs, and what was done to which layer."""
+
+    model: ir.Model
+    tensors: list[StoredTensor]
+    census: dict[str, int] = field(default_factory=dict)
+    unquantised: dict[str, str] = field(default_factory=dict)
+
+
+def lower_unet(model: ir.Model, spec_file: SpecFile) -> Lowered:
+    """Apply a spec to the family's UNet graph (edited in place). Raises SpecError when the two do not fit."""
+    spec = spec_file.spec
+    split_gemms(model)
+    layers = find_layers(model)
+    if set(layers) != set(spec.layers):
+        odd = sorted(set(layers) ^ set(spec.layers))
+        raise SpecError(
+            f"spec {spec.name}: layers must be those of the family, got a difference at {odd[0]}; calibrate again"
+        )
+    lowered = Lowered(model, [])
+    pairs: dict[tuple[int, float], ir.Value] = {}
+    for name, layer in layers.items():
+        decision = spec.layers[name]
+        key = f"{decision.op} {decision.weight}/{decision.activation}"
+        lowered.census[key] = lowered.census.get(key, 0) + 1
+        if decision.weight == "float":
+            lowered.unquantised[name] = decision.reason
+            continue
+        lowered.tensors.append(_quantise(model, layer, decision, spec_file, pairs))
+    if not spec.is_float:
+        assemble_rows(model, spec.rows.layers, spec.rows.kept.slots)
+    lowered.tensors += store_floats(model, {t.name for t in lowered.tensors}, STORAGE[spec.storage])
+    model.graph.sort()
+    return lowered
+
+
+def _quantise(
+    model: ir.Model,
+    layer: LayerNode,
+    decision: LayerSpec,
+    spec_file: SpecFile,
+    pairs: dict[tuple[int, float], ir.Value],
+) -> StoredTensor:
+    """Put Q/DQ around one layer; return the integer weight to store."""
+    tensors, node = spec_file.tensors, layer.node
+    build = Builder(model.graph, layer.name)
+    if decision.activation == "int8":
+        scale = np.float32(tensors[f"{layer.name}.input_scale"])
+        source = node.inputs[0]
+        pair = (id(source), float(scale))
+        if pair not in pairs:
+            pairs[pair] = quantise_dequantise(build, source, scale)
+        node.replace_input_with(0, pairs[pair])
+    stored = integer_weight(layer, decision, tensors)
+    weight = add_initializer(model.graph, stored.name, ir.tensor(np.zeros(1, np.int8), name=stored.name))
+    scale_value = build.constant(np.asarray(tensors[f"{layer.name}.weight_scale"], np.float32))
+    zero = build.constant(np.zeros(scale_value.shape.numpy(), np.int8))
+    axis = 0 if layer.op == "conv" else 1
+    node.replace_input_with(1, build("DequantizeLinear", weight, scale_value, zero, axis=axis))
+    if layer.op == "conv" and decision.activation == "int8":
+        _quantise_output(build, node, np.float32(tensors[f"{layer.name}.output_scale"]))
+    return stored
+
+
+def quantise_dequantise(build: Builder, value: ir.Value, scale: np.float32) -> ir.Value:
+    """value -> QuantizeLinear -> DequantizeLinear, int8, zero point 0."""
+    scale_value, zero = build.constant(np.asarray(scale)), build.constant(np.array(0, np.int8))
+    return build("DequantizeLinear", build("QuantizeLinear", value, scale_value, zero), scale_value, zero)
+
+
+def _quantise_output(build: Builder, node: ir.Node, scale: np.float32) -> None:
+    readers = [(use.node, use.idx) for use in node.outputs[0].uses()]
+    result = quantise_dequantise(build, node.outputs[0], scale)
+    for reader, index in readers:
+        reader.replace_input_with(index, result)
+
+
+def integer_weight(layer: LayerNode, decision: LayerSpec, tensors: dict[str, Array]) -> StoredTensor:
+    """The integers of one layer: Conv as [O,I,kh,kw], Linear as [K,N] (transposed), scales per output channel."""
+    scale, qtype = tensors[f"{layer.name}.weight_scale"], QTYPES[decision.weight]
+    shape = tuple(int(n) for n in layer.weight.shape.numpy())
+    if layer.op == "conv":
+        return StoredTensor(
+            f"{layer.name}.weight",
+            f"{layer.name}.weight",
+            ir.DataType.INT8,
+            shape,
+            lambda w: quantize(w, scale, qtype, 0),
+        )
+    return StoredTensor(
+        f"{layer.name}.weight",
+        f"{layer.name}.weight",
+        ir.DataType.INT8,
+        shape[::-1],
+        lambda w: quantize(w, scale, qtype, 0).T,
+    )
+
+
+def store_floats(model: ir.Model, done: set[str], storage: ir.DataType) -> list[StoredTensor]:
+    """Every checkpoint tensor not stored yet: matrices as `storage` (a Cast brings FP16 back to FP32), vectors as FP32."""
+    graph, tensors = model.graph, []
+    for name in [n for n in graph.initializers if "." in n and n not in done and _is_checkpoint(graph.initializers[n])]:
+        value = graph.initializers[name]
+        if not list(value.uses()):
+            del graph.initializers[name]
+            continue
+        shape = tuple(int(n) for n in value.shape.numpy())
+        dtype = storage if len(shape) > 1 else ir.DataType.FLOAT
+        if dtype == ir.DataType.FLOAT16:
+            readers = [(use.node, use.idx) for use in value.uses()]
+            wide = Builder(graph, f"{name}.cast")("Cast", value, to=ir.DataType.FLOAT)
+            for reader, index in readers:
+                reader.replace_input_with(index, wide)
+        tensors.append(as_float(name, shape, dtype))
+    return tensors
+
+
+def _is_checkpoint(value: ir.Value) -> bool:
+    return isinstance(value.const_value, ir.ExternalTensor)

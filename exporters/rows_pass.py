@@ -1,0 +1,76 @@
+"""Text rows in the graphs: the UNet's entrance puts rest and kept rows together; the row encoder emits both forms.
+
+Storage form (DESIGN: one engine serves every prompt and trigger position): `rest` int8 with one scale per token, layer
+and K|V, `kept` float16 for at most S tokens, `row_index` telling each token which of the two it reads.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from personalq.numerics import QTYPES, SMALLEST_SCALE
+from personalq.rows import RowLayer, packed_width
+
+from .nodes import Builder, add_input
+
+
+def assemble_rows(model: ir.Model, layers: Sequence[RowLayer], slots: int) -> None:
+    """Replace the UNet's input `rows` by Gather(Concat(rest * rest_scale, kept), row_index). Edits `model`.
+
+    Requires: an input named rows (B,77,R). Ensures: inputs rest, rest_scale, kept, row_index instead of it.
+    """
+    graph = model.graph
+    rows = next(value for value in graph.inputs if value.name == "rows")
+    batch, tokens, width = rows.shape[0], rows.shape[1], packed_width(layers)
+    rest = add_input(graph, "rest", ir.DataType.INT8, (batch, tokens, width))
+    rest_scale = add_input(graph, "rest_scale", ir.DataType.FLOAT, (batch, tokens, 2 * len(layers)))
+    kept = add_input(graph, "kept", ir.DataType.FLOAT16, (batch, slots, width))
+    row_index = add_input(graph, "row_index", ir.DataType.INT64, (batch, tokens))
+    build = Builder(graph, "rows")
+    column = np.repeat(np.arange(2 * len(layers)), np.repeat([layer.width for layer in layers], 2))
+    scales = build("Gather", rest_scale, build.constant(column.astype(np.int64)), axis=2)
+    restored = build("Mul", build("Cast", rest, to=ir.DataType.FLOAT), scales)
+    both = build("Concat", restored, build("Cast", kept, to=ir.DataType.FLOAT), axis=1)
+    index = build("Unsqueeze", row_index, build.constant(np.array([2], np.int64)))
+    assembled = build("GatherND", both, index, batch_dims=1)
+    ir.convenience.replace_all_uses_with(rows, assembled)
+    graph.inputs.remove(rows)
+    graph.sort()
+
+
+def emit_storage_form(model: ir.Model, layers: Sequence[RowLayer], slots: int) -> None:
+    """Add outputs rest, rest_scale, kept (and input kept_index) to the row encoder. Edits `model`.
+
+    Same arithmetic as personalq.numerics: scale = max(absmax / qmax, 2^-14), q = clip(round_half_even(x / scale)).
+    """
+    graph = model.graph
+    rows = graph.outputs[0]
+    batch, tokens, width = rows.shape[0], rows.shape[1], packed_width(layers)
+    kept_index = add_input(graph, "kept_index", ir.DataType.INT64, (batch, slots))
+    build = Builder(graph, "form")
+    integers, scales = [], []
+    axis, floor = build.constant(np.array([2], np.int64)), build.constant(np.array(SMALLEST_SCALE))
+    for layer in layers:
+        qtype = QTYPES[f"int{layer.rest_bits}"]
+        qmax, low, high = (build.constant(np.array(v, np.float32)) for v in (qtype.qmax, qtype.qmin, qtype.qmax))
+        for start in (layer.offset, layer.offset + layer.width):
+            ends = (build.constant(np.array([v], np.int64)) for v in (start, start + layer.width))
+            part = build("Slice", rows, *ends, axis)
+            peak = build("ReduceMax", build("Abs", part), axis, keepdims=1)
+            scale = build("Max", build("Div", peak, qmax), floor)
+            steps = build("Clip", build("Round", build("Div", part, scale)), low, high)
+            integers.append(build("Cast", steps, to=ir.DataType.INT8))
+            scales.append(scale)
+    index = build("Unsqueeze", kept_index, axis)
+    rest = build("Concat", *integers, axis=2)
+    rest_scale = build("Concat", *scales, axis=2)
+    kept = build("Cast", build("GatherND", rows, index, batch_dims=1), to=ir.DataType.FLOAT16)
+    kinds = [
+        ("rest", rest, ir.DataType.INT8, (batch, tokens, width)),
+        ("rest_scale", rest_scale, ir.DataType.FLOAT, (batch, tokens, 2 * len(layers))),
+        ("kept", kept, ir.DataType.FLOAT16, (batch, slots, width)),
+    ]
+    for name, value, dtype, shape in kinds:
+        value.name, value.dtype, value.shape = name, dtype, ir.Shape(shape)
+        graph.outputs.append(value)
