@@ -81,6 +81,8 @@ class Pipeline:
                 self._cache.popitem(last=False)
         rows = self._cache[prompt]
         self._cache.move_to_end(prompt)
+        if rows.cut:
+            logger.warning("prompt: only %d tokens fit; cut: %r", self.manifest.text.length, rows.cut)
         return rows
 
     def rows_of_ids(self, ids: Ids, *, cut: str = "", text_embeds: Array | None = None) -> PromptRows:
@@ -94,8 +96,7 @@ class Pipeline:
         return PromptRows(conditioning=conditioning, kept=positions, text_embeds=embeds, cut=cut)
 
     def _check_cut(self, encoded: Encoded) -> None:
-        if not encoded.cut:
-            return
+        """Refuse a prompt whose trigger was cut; one that also stands whole in what fits is fine."""
         kept = encoded.tokens[: encoded.n_words]
         limit = self.manifest.text.length
         for trigger, ids in zip(self.manifest.checkpoint.trigger, self._triggers, strict=True):
@@ -104,7 +105,6 @@ class Pipeline:
                     f"prompt: its trigger {trigger!r} must be within the first {limit} tokens, got it in what is cut "
                     f"({encoded.cut!r}); shorten the prompt or put the trigger earlier"
                 )
-        logger.warning("prompt: only %d tokens fit; cut: %r", limit, encoded.cut)
 
     def denoise(
         self,
@@ -143,14 +143,13 @@ class Pipeline:
         x = noise
         for index, t in enumerate(int(step) for step in steps):
             predictions = denoiser(np.broadcast_to(x, (len(halves), *x.shape)), float(t))
-            output = guide(predictions, guidance)
-            x_0, eps = predict(self.schedule, t, x, output)
-            x = ddim_step(self.schedule, len(steps), t, x_0, eps)
-            if not np.isfinite(x).all():
+            if not np.isfinite(predictions).all():
                 raise EngineError(
-                    f"latents: must be finite, got NaN or Inf at step {index + 1} of {len(steps)}; "
-                    "run 'personalq verify' on this bundle"
+                    f"noise_pred: must be finite, got NaN or Inf at step {index + 1} of {len(steps)}; "
+                    f"run 'personalq verify {self.manifest.checkpoint.id}'"
                 )
+            x_0, eps = predict(self.schedule, t, x, guide(predictions, guidance))
+            x = ddim_step(self.schedule, len(steps), t, x_0, eps)
             yield Step(index=index, n_steps=len(steps), timestep=t, latents=x, predicted=x_0)
 
     def decode(self, latents: Array) -> Image:

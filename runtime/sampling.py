@@ -100,7 +100,7 @@ def timesteps(schedule: Schedule, n_steps: int) -> Steps:
 
 
 def predict(schedule: Schedule, t: int, x_t: Array, model_output: Array) -> tuple[Array, Array]:
-    """The model's output at time step t -> (x_0, eps), both shaped like x_t, float32. x_0 is clipped if the base asks."""
+    """The model's output at time step t -> (x_0, eps), shaped like x_t, float32. x_0 is clipped if the base asks."""
     alpha = float(schedule.alphas_cumprod[t])
     a, b = np.float32(math.sqrt(alpha)), np.float32(math.sqrt(1 - alpha))
     if schedule.prediction_type == "v_prediction":
