@@ -7,8 +7,6 @@ replaces K and V of cross-attention; Textual Inversion (Gal et al. 2022) appends
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,25 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
 
-# LoRA spellings, longest first: (ending of the key, which half it is). `X` is then the module's name.
-_HALVES = {
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    ".lora_B.bias": "bias",
-    ".alpha": "alpha",
-}
-# What old attention processors called the projections of a text encoder.
-_OLD_TEXT = {".to_q": ".q_proj", ".to_k": ".k_proj", ".to_v": ".v_proj", ".to_out": ".out_proj"}
-_KOHYA = {"lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder"}
-_ANOTHER_BASE = "this delta was made for another base; add it with --base of the model it was trained on"
+ANOTHER_BASE = "this delta was made for another base; add it with --base of the model it was trained on"
 
 
 class Edit(Protocol):
@@ -143,147 +123,6 @@ def file_kind(file: TensorFile) -> str:
     return "textual_inversion"
 
 
-# --- LoRA
-
-
-@dataclass(frozen=True)
-class _Module:
-    component: str
-    name: str
-
-
-def lora_edits(file: TensorFile, shapes: Mapping[str, Shapes], delta: Delta) -> None:
-    """Put one edit per LoRA module into `delta`. shapes: component -> parameter -> shape of the base."""
-    metadata = _adapter_metadata(file)
-    kohya = _kohya_names(shapes) if any(name.startswith("lora_") for name in file.names()) else {}
-    modules: dict[_Module, dict[str, str]] = {}
-    unknown = []
-    for key in file.names():
-        module, half = _lora_module(key, shapes, kohya)
-        if module is None:
-            unknown.append(key)
-        else:
-            modules.setdefault(module, {})[half] = key
-    if unknown:
-        raise _unmatched(file, unknown)
-    for module, halves in modules.items():
-        _put_module(file, module, halves, shapes[module.component], metadata, delta)
-
-
-def _put_module(
-    file: TensorFile, module: _Module, halves: dict[str, str], shapes: Shapes, metadata: dict[str, object], delta: Delta
-) -> None:
-    where = f"{file.path.name}: {module.component}.{module.name}"
-    if not {"down", "up"} <= halves.keys():
-        raise RepositoryError(
-            f"{where}: must have both LoRA halves, got {', '.join(sorted(halves))}; copy the file again"
-        )
-    parameter = f"{module.name}.weight"
-    down, up, base = file.shape(halves["down"]), file.shape(halves["up"]), shapes[parameter]
-    is_matching = len(down) > 1 and len(up) > 1 and up[1] == down[0] and up[0] == base[0] and set(up[2:]) <= {1}
-    if not is_matching or down[1] != base[1] or (down[2:] or (1, 1)) != (base[2:] or (1, 1)):
-        got = f"up {list(up)} @ down {list(down)}"
-        raise RepositoryError(f"{where}: must fit the base's {list(base)}, got {got}; {_ANOTHER_BASE}")
-    scale = _scale(file, module, halves, down[0], metadata)
-    delta.put(module.component, parameter, LowRank(file, halves["down"], halves["up"], scale))
-    if "bias" in halves:
-        if shapes.get(f"{module.name}.bias") != file.shape(halves["bias"]):
-            raise RepositoryError(
-                f"{where}: LoRA bias must fit the base's bias, got {list(file.shape(halves['bias']))}; {_ANOTHER_BASE}"
-            )
-        delta.put(module.component, f"{module.name}.bias", Added(file, halves["bias"], scale))
-
-
-def _scale(file: TensorFile, module: _Module, halves: dict[str, str], rank: int, metadata: dict[str, object]) -> float:
-    """alpha / r; alpha from the module's own tensor, else diffusers' adapter metadata, else r as diffusers does."""
-    if "alpha" in halves:
-        return float(file.read(halves["alpha"]).reshape(-1)[0]) / rank
-    prefix = f"{module.component}."
-    config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    if "lora_alpha" not in config:
-        return 1.0
-    alpha = _by_pattern(file, config.get("alpha_pattern"), module.name, config["lora_alpha"])
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _by_pattern(file: TensorFile, patterns: object, name: str, default: object) -> float:
-    """peft's alpha_pattern: module name (or its end) -> value. Plain names only: a regex could run forever."""
-    chosen = default
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        plain = str(pattern).removeprefix("^").replace("\\.", ".")
-        if re.search(r"[^\w.]", plain):
-            raise RepositoryError(
-                f"{file.path.name}: alpha_pattern must name modules plainly, got {pattern!r}; write it out"
-            )
-        plain = plain.removeprefix("text_model.")
-        if name == plain or (name.endswith(f".{plain}") and not str(pattern).startswith("^")):
-            chosen = value
-            break
-    if not isinstance(chosen, int | float):
-        raise RepositoryError(
-            f"{file.path.name}: {name}: lora_alpha must be a number, got {chosen!r}; save the LoRA again"
-        )
-    return float(chosen)
-
-
-def _adapter_metadata(file: TensorFile) -> dict[str, object]:
-    text = file.metadata.get("lora_adapter_metadata")
-    try:
-        metadata = json.loads(text) if text else {}
-    except ValueError:
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise RepositoryError(
-            f"{file.path.name}: lora_adapter_metadata must be a JSON object, got {text!r:.60}; save it again"
-        )
-    if any(key.endswith("use_dora") and value for key, value in metadata.items()):
-        raise _dora(file)
-    return metadata
-
-
-def _dora(file: TensorFile) -> RepositoryError:
-    return RepositoryError(
-        f"{file.path.name}: must be a plain LoRA, got DoRA magnitudes; merge it into a full checkpoint and add that"
-    )
-
-
-def _lora_module(key: str, shapes: Mapping[str, Shapes], kohya: dict[str, _Module]) -> tuple[_Module | None, str]:
-    """The base's module a key belongs to (None: no such module), and which half of the LoRA it is."""
-    ending = next((ending for ending in _HALVES if key.endswith(ending)), None)
-    if ending is None:
-        return None, ""
-    stem = key.removesuffix(ending)
-    if stem in kohya:
-        return kohya[stem], _HALVES[ending]
-    component = next((name for name in shapes if stem.startswith(f"{name}.")), "unet")
-    name = stem.removeprefix(f"{component}.").replace(".processor.", ".")
-    for candidate in (name, *_older_spellings(component, name)):
-        if f"{candidate}.weight" in shapes.get(component, {}):
-            return _Module(component, candidate), _HALVES[ending]
-    return None, ""
-
-
-def _older_spellings(component: str, name: str) -> tuple[str, ...]:
-    if component == "unet":
-        return (f"{name}.0",) if name.endswith(".to_out") else ()
-    plain = name.removeprefix("text_model.")
-    old = next((plain.removesuffix(end) + new for end, new in _OLD_TEXT.items() if plain.endswith(end)), plain)
-    return plain, old, f"text_model.{plain}", f"text_model.{old}"
-
-
-def _kohya_names(shapes: Mapping[str, Shapes]) -> dict[str, _Module]:
-    """kohya-ss writes a module's dots as underscores; the way back is a table made from the base's own names."""
-    table = {}
-    for prefix, component in _KOHYA.items():
-        for parameter in shapes.get(component, {}):
-            module = _Module(component, parameter.removesuffix(".weight"))
-            flat = module.name.replace(".", "_")
-            table[prefix + flat] = module
-            if component != "unet":
-                table[f"{prefix}text_model_{flat}"] = module
-    return table
-
-
 # --- Custom Diffusion
 
 
@@ -301,12 +140,12 @@ def custom_diffusion_edits(file: TensorFile, shapes: Mapping[str, Shapes], delta
         elif file.shape(key) != unet[name]:
             got = list(file.shape(key))
             raise RepositoryError(
-                f"{file.path.name}: {name}: must fit the base's {list(unet[name])}, got {got}; {_ANOTHER_BASE}"
+                f"{file.path.name}: {name}: must fit the base's {list(unet[name])}, got {got}; {ANOTHER_BASE}"
             )
         else:
             delta.put("unet", name, Replaced(file, key))
     if unknown:
-        raise _unmatched(file, unknown)
+        raise unmatched(file, unknown)
 
 
 # --- Textual Inversion
@@ -327,7 +166,7 @@ def embedding_edits(
         shape = file.shape(key)
         if not 1 <= len(shape) <= 2 or shape[-1] != base[1] or row_count(shape) < 1:
             wanted = f"vectors of the base's width {base[1]}"
-            raise RepositoryError(f"{file.path.name}: {key}: must be {wanted}, got {list(shape)}; {_ANOTHER_BASE}")
+            raise RepositoryError(f"{file.path.name}: {key}: must be {wanted}, got {list(shape)}; {ANOTHER_BASE}")
         token = _token_name(file.path, key)
         pieces = (token, *(f"{token}_{i}" for i in range(1, row_count(shape))))
         taken = [piece for piece in pieces if piece in vocabulary or any(piece in others for _, others in tokens)]
@@ -354,10 +193,9 @@ def _token_name(path: Path, key: str) -> str:
     return path.stem if key == "emb_params" else key
 
 
-def _unmatched(file: TensorFile, keys: Sequence[str]) -> RepositoryError:
-    if any("dora_scale" in key or "lora_magnitude_vector" in key for key in keys):
-        return _dora(file)
+def unmatched(file: TensorFile, keys: Sequence[str]) -> RepositoryError:
+    """The refusal for tensors that belong to no parameter of the base; names the first three."""
     shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
     return RepositoryError(
-        f"{file.path.name}: every tensor must match the base, got {len(keys)} that do not ({shown}); {_ANOTHER_BASE}"
+        f"{file.path.name}: every tensor must match the base, got {len(keys)} that do not ({shown}); {ANOTHER_BASE}"
     )

@@ -1,7 +1,7 @@
 """Read tensors of a safetensors file by memory map. Knows bytes, dtypes and shapes, not models.
 
-Every header field is checked against the file's length before a byte is used, so a truncated or hostile file is one
-clear line and never a wrong tensor.
+`personalq.header` checks every field against the file's length first, so a truncated or hostile file is one clear line
+and never a wrong tensor.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from personalq.errors import RepositoryError
+from personalq.header import read_header
 
 Array = npt.NDArray[Any]
 
@@ -31,7 +32,6 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("<u1"),
     "BOOL": np.dtype("?"),
 }
-_MAX_HEADER_BYTES = 100 << 20
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.metadata, self.entries = _read_header(path)
+        self.metadata = read_header(path).metadata
+        self.entries = _read_entries(path)
         self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
 
     def names(self) -> tuple[str, ...]:
@@ -70,53 +71,18 @@ def widened(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise _broken(path, f"a header of {length} bytes in a file of {size}")
-            raw = file.read(length)
-    except OSError as error:
-        raise RepositoryError(
-            f"{path}: must be a readable safetensors file, got '{error.strerror}'; add it again"
-        ) from error
-    try:
-        header = json.loads(raw)
-        metadata = header.pop("__metadata__", None) or {}
-        entries = {name: _entry(value, 8 + length) for name, value in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _broken(path, f"a header that does not parse ({str(error)[:60]})") from error
-    for name, entry in entries.items():
-        _check(path, size, name, entry)
-    return {str(key): str(value) for key, value in metadata.items()}, entries
-
-
-def _entry(value: dict[str, Any], start: int) -> Entry:
-    begin, end = (int(offset) for offset in value["data_offsets"])
-    return Entry(str(value["dtype"]), tuple(int(side) for side in value["shape"]), start + begin, start + end)
-
-
-def _check(path: Path, size: int, name: str, entry: Entry) -> None:
-    if entry.dtype not in _DTYPES:
-        known = ", ".join(_DTYPES)
-        raise RepositoryError(
-            f"{path}: {name}: dtype must be one of {known}, got {entry.dtype}; convert it to F16 or F32"
-        )
-    count = 1
-    for side in entry.shape:
-        count *= side
-    if entry.end > size:
-        raise _broken(path, f"{size} of at least {entry.end} bytes")
-    if (
-        min((*entry.shape, entry.begin - 8), default=0) < 0
-        or entry.end - entry.begin != count * _DTYPES[entry.dtype].itemsize
-    ):
-        raise _broken(path, f"{name} with {entry.end - entry.begin} bytes for {entry.dtype} {list(entry.shape)}")
-
-
-def _broken(path: Path, got: str) -> RepositoryError:
-    return RepositoryError(
-        f"{path}: must be a whole safetensors file, got {got}: it was cut off or changed; copy it again"
-    )
+def _read_entries(path: Path) -> dict[str, Entry]:
+    """Where each tensor lies; `read_header` has checked the file already."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    entries = {}
+    for name, value in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = (8 + length + offset for offset in value["data_offsets"])
+        entries[name] = Entry(value["dtype"], tuple(value["shape"]), begin, end)
+        if value["dtype"] not in _DTYPES:
+            known, got = ", ".join(_DTYPES), value["dtype"]
+            raise RepositoryError(f"{path}: {name}: dtype must be one of {known}, got {got}; convert it to F16 or F32")
+    return entries

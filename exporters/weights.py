@@ -1,15 +1,13 @@
 """A checkpoint's weights by torch parameter name, tensor by tensor, with its delta merged. numpy only, memory-mapped.
 
 `open_weights` reads headers and refuses what does not fit; a tensor's bytes are touched when it is read. Names are
-those of diffusers 0.42 / transformers 5 modules, whichever spelling the file has: text_encoder (CLIPTextModel) without
-the `text_model.` prefix, text_encoder_2 (CLIPTextModelWithProjection) with it, a VAE's attention as `to_q`, not `query`.
+those of diffusers 0.42 / transformers 5 modules, whichever spelling a file has: text_encoder (CLIPTextModel) without
+the `text_model.` prefix, text_encoder_2 (CLIPTextModelWithProjection) with it, a VAE's attention `to_q`, not `query`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,26 +16,12 @@ from pathlib import Path
 from personalq.bundle import file_sha256
 from personalq.errors import RepositoryError
 
-from .deltas import TOKEN_EMBEDDING, Delta, Edit, custom_diffusion_edits, embedding_edits, file_kind, lora_edits
+from .deltas import ANOTHER_BASE, TOKEN_EMBEDDING, Delta, Edit, custom_diffusion_edits, embedding_edits, file_kind
+from .lora import lora_edits
+from .models import COMPONENTS, Model, Stored, read_models, read_vocabulary, refuse_pickles
 from .tensorfile import Array, TensorFile
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 _REQUIRED = ("unet", "text_encoder", "vae")
-_STEMS = ("diffusion_pytorch_model", "model")
-_VARIANTS = ("", ".fp16", ".bf16")
-_PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl"})
-# What trainers leave beside the weights; not weights.
-_TRAINER_FILES = re.compile(r"(optimizer|scheduler|scaler|training_args|random_states|rng_state|sampler).*")
-_OLD_VAE = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-_ANOTHER_BASE = "it was made for another base; add it with --base of the model it was trained on"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a parameter's bytes are: the file, and the name it has there."""
-
-    file: TensorFile
-    name: str
 
 
 class ComponentWeights:
@@ -116,40 +100,28 @@ def open_weights(base_dir: Path, checkpoint_dir: Path | None, kind: str) -> Chec
     'custom_diffusion' (safetensors files in `checkpoint_dir`, told apart by what is in them).
     Raises RepositoryError in one line: missing, truncated or pickled files, names or shapes that do not fit the base.
     """
-    base = _models(base_dir, "base")
+    base = read_models(base_dir, "base")
     if checkpoint_dir is None:
         return _checkpoint(base_dir, base, {}, base_dir, Delta(), [])
     if not checkpoint_dir.exists():
         raise RepositoryError(
             f"{checkpoint_dir}: must hold the checkpoint's weights, got nothing; run 'personalq add' again"
         )
-    _refuse_pickles(checkpoint_dir)
+    refuse_pickles(checkpoint_dir)
     if kind == "dreambooth":
-        whole = _models(checkpoint_dir, "checkpoint")
+        whole = read_models(checkpoint_dir, "checkpoint")
         _check_whole(checkpoint_dir, base, whole)
         return _checkpoint(base_dir, base, whole, checkpoint_dir, Delta(), [])
     files = _delta_files(checkpoint_dir, kind)
     _check_required(base_dir, base)
-    delta = _delta(files, base, _vocabulary(base_dir))
+    delta = _delta(files, base, read_vocabulary(base_dir))
     return _checkpoint(base_dir, base, {}, base_dir, delta, files)
-
-
-@dataclass(frozen=True)
-class _Model:
-    """One model's files as they lie on disk."""
-
-    role: str
-    files: tuple[TensorFile, ...]
-    stored: Mapping[str, Stored]
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: stored.file.shape(stored.name) for name, stored in self.stored.items()}
 
 
 def _checkpoint(
     base_dir: Path,
-    base: Mapping[str, _Model],
-    whole: Mapping[str, _Model],
+    base: Mapping[str, Model],
+    whole: Mapping[str, Model],
     tokenizer_dir: Path,
     delta: Delta,
     delta_files: Sequence[TensorFile],
@@ -168,11 +140,11 @@ def _checkpoint(
     files = [(f"{models[name].role}.{name}", file.path) for name in components for file in models[name].files]
     files += [(f"delta.{file_kind(file)}", file.path) for file in delta_files]
     rows = models["text_encoder"].shapes().get(TOKEN_EMBEDDING, (0,))[0]
-    first = len(_vocabulary(tokenizer_dir) or _vocabulary(base_dir)) or rows
+    first = len(read_vocabulary(tokenizer_dir) or read_vocabulary(base_dir)) or rows
     return CheckpointWeights(components, delta.added_tokens, first, tuple(files))
 
 
-def _check_required(base_dir: Path, models: Mapping[str, _Model]) -> None:
+def _check_required(base_dir: Path, models: Mapping[str, Model]) -> None:
     missing = next((name for name in _REQUIRED if name not in models), None)
     if missing:
         raise RepositoryError(
@@ -180,7 +152,7 @@ def _check_required(base_dir: Path, models: Mapping[str, _Model]) -> None:
         )
 
 
-def _check_whole(folder: Path, base: Mapping[str, _Model], whole: Mapping[str, _Model]) -> None:
+def _check_whole(folder: Path, base: Mapping[str, Model], whole: Mapping[str, Model]) -> None:
     """A full fine-tune brings at least one model, with the base's names and shapes (its token table may be longer)."""
     if not whole:
         wanted = " or ".join(f"{name}/" for name in _REQUIRED)
@@ -198,87 +170,14 @@ def _check_whole(folder: Path, base: Mapping[str, _Model], whole: Mapping[str, _
             key = different[0]
             got, needed = (list(shapes[key]) if key in shapes else "nothing" for shapes in (mine, theirs))
             raise RepositoryError(
-                f"{folder.name}: {name}.{key}: must be {needed} as in the base, got {got}; {_ANOTHER_BASE}"
+                f"{folder.name}: {name}.{key}: must be {needed} as in the base, got {got}; {ANOTHER_BASE}"
             )
-
-
-# --- whole models on disk
-
-
-def _models(folder: Path, role: str) -> dict[str, _Model]:
-    return {name: model for name in COMPONENTS if (model := _model(folder / name, name, role))}
-
-
-def _model(folder: Path, component: str, role: str) -> _Model | None:
-    """The model in a diffusers sub-folder; None when it has no weights at all, an error when they are pickles."""
-    paths = _weight_paths(folder)
-    if not paths:
-        _refuse_pickles(folder)
-        return None
-    files = tuple(TensorFile(path) for path in paths)
-    stored = {_parameter(component, key): Stored(file, key) for file in files for key in file.names()}
-    return _Model(role, files, {name: place for name, place in stored.items() if not name.endswith("position_ids")})
-
-
-def _weight_paths(folder: Path) -> list[Path]:
-    """`<stem>.safetensors`, or the shards its index names; full precision before a variant."""
-    for variant in _VARIANTS:
-        for stem in _STEMS:
-            if (path := folder / f"{stem}{variant}.safetensors").is_file():
-                return [path]
-            if (index := folder / f"{stem}.safetensors.index{variant}.json").is_file():
-                return _shards(index)
-    return []
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        paths = [index.parent / Path(name).name for name in names]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RepositoryError(f"{index}: must be a safetensors index, got {str(error)[:60]}; copy it again") from error
-    for path in paths:
-        if not path.is_file():
-            raise RepositoryError(f"{path}: must be there because {index.name} names it, got nothing; copy it again")
-    return paths
-
-
-def _parameter(component: str, key: str) -> str:
-    """The torch parameter's name for a name in a file."""
-    if component == "vae":
-        if "attentions" in key:
-            for old, new in _OLD_VAE.items():
-                key = key.replace(old, new)
-        return key
-    if component == "text_encoder":
-        return key.removeprefix("text_model.")
-    if component == "text_encoder_2" and not key.startswith(("text_model.", "text_projection.")):
-        return f"text_model.{key}"
-    return key
-
-
-def _vocabulary(base_dir: Path) -> frozenset[str]:
-    """Every entry of the tokenizer, added tokens included; empty when the folder has no tokenizer."""
-    folder = base_dir / "tokenizer"
-    entries: set[str] = set()
-    try:
-        if (file := folder / "tokenizer.json").is_file():
-            content = json.loads(file.read_text(encoding="utf-8"))
-            entries |= content["model"]["vocab"].keys()
-            entries |= {token["content"] for token in content.get("added_tokens", [])}
-        else:
-            for name in ("vocab.json", "added_tokens.json"):
-                if (file := folder / name).is_file():
-                    entries |= json.loads(file.read_text(encoding="utf-8")).keys()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RepositoryError(f"{file}: must be a tokenizer file, got {str(error)[:60]}; add the base again") from error
-    return frozenset(entries)
 
 
 # --- deltas on disk
 
 
-def _delta(files: Sequence[TensorFile], base: Mapping[str, _Model], vocabulary: frozenset[str]) -> Delta:
+def _delta(files: Sequence[TensorFile], base: Mapping[str, Model], vocabulary: frozenset[str]) -> Delta:
     shapes = {name: model.shapes() for name, model in base.items()}
     delta = Delta()
     for file in files:
@@ -297,10 +196,8 @@ def _delta_files(folder: Path, kind: str) -> list[TensorFile]:
     files = [TensorFile(path) for path in paths]
     kinds = [file_kind(file) for file in files]
     if kind not in kinds:
-        got = (
-            ", ".join(f"{file.path.name} ({found})" for file, found in zip(files, kinds, strict=True))
-            or "no safetensors file"
-        )
+        found = [f"{file.path.name} ({kind})" for file, kind in zip(files, kinds, strict=True)]
+        got = ", ".join(found[:3]) or "no safetensors file"
         raise RepositoryError(f"{folder}: must hold {kind} weights as safetensors, got {got}; add the checkpoint again")
     for single in ("lora", "custom_diffusion"):
         if kinds.count(single) > 1:
@@ -308,16 +205,3 @@ def _delta_files(folder: Path, kind: str) -> list[TensorFile]:
                 f"{folder}: must hold one {single} file, got {kinds.count(single)}; add each as a checkpoint of its own"
             )
     return files
-
-
-def _refuse_pickles(folder: Path) -> None:
-    """Raise when weights lie here only as a pickle: leaving them out would give another model than its author's."""
-    paths = [folder] if folder.is_file() else sorted(folder.glob("*")) if folder.is_dir() else []
-    for path in paths:
-        is_pickle = path.suffix in _PICKLES and not _TRAINER_FILES.fullmatch(path.name)
-        if is_pickle and not path.with_suffix(".safetensors").exists():
-            script = f"s.save_file(torch.load('{path.name}', weights_only=True), '{path.stem}.safetensors')"
-            raise RepositoryError(
-                f"{path}: must be safetensors, got a pickle, which can run code when opened; convert it where you "
-                f'trust it: python -c "import torch, safetensors.torch as s; {script}"'
-            )

@@ -18,7 +18,7 @@ WORDS = ("a", "photo", "of", "dog", "cat", "mug", "red", "blue", "beach", "fores
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved StableDiffusionPipeline with random weights (seed 0), FP32: 8x8 latents, text width 32, 4 attention layers.
+    """A saved StableDiffusionPipeline with random weights (seed 0), FP32: 8x8 latents, text 32 wide, 4 attentions.
 
     Every test shares the folder: copy it before changing it.
     """

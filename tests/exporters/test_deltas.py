@@ -84,7 +84,7 @@ def make_lora(base: Path, folder: Path, *, unet: dict[str, Any], text: dict[str,
                 torch.nn.init.normal_(parameter, std=0.1)
     unet_layers = get_peft_model_state_dict(pipe.unet)
     if unet["target_modules"] == LINEAR:
-        # Only for attention: of convolutions it leaves peft's names, and diffusers 0.42.1 then loads half of the mixture.
+        # Attention only: it leaves peft's names on convolutions, and diffusers 0.42.1 loads half of such a mixture.
         unet_layers = convert_state_dict_to_diffusers(unet_layers)
     layers = {"unet_lora_layers": unet_layers}
     if text:
