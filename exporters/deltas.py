@@ -134,6 +134,8 @@ def custom_diffusion_edits(file: TensorFile, shapes: Mapping[str, Shapes], delta
     unet = shapes["unet"]
     unknown = []
     for key in file.names():
+        if file.shape(key)[:1] == (0,):
+            continue  # an empty tensor: load_attn_procs takes it for "this processor is left as it was"
         name = key.removeprefix("unet.").replace(".processor.", ".").replace("_custom_diffusion", "")
         if name not in unet:
             unknown.append(key)

@@ -239,14 +239,15 @@ def test_custom_diffusion_processors_give_what_load_attn_procs_gives(
     trained = processors(tiny_base, with_q_and_out=with_q_and_out)
     trained.unet.save_attn_procs(tmp_path)
     save_file({"<dog>": torch.randn(1, 32)}, tmp_path / "<dog>.safetensors")
+    # load_attn_procs wants an entry for self-attention too; a safetensors file can say so with empty tensors only.
+    file = tmp_path / "pytorch_custom_diffusion_weights.safetensors"
+    untouched = {name: torch.empty(0) for name in trained.unet.attn_processors if "attn1" in name}
+    save_file(load_file(file) | untouched, file)
     weights = open_weights(tiny_base, tmp_path, "custom_diffusion")
 
     pipe = load(tiny_base)
-    state = load_file(tmp_path / "pytorch_custom_diffusion_weights.safetensors")
-    # safetensors cannot hold the empty entries of self-attention that load_attn_procs wants, and without _pipeline
-    # diffusers 0.42.1 loads the processors and does not set them.
-    state |= {name: {} for name in pipe.unet.attn_processors if "attn1" in name}
-    pipe.unet.load_attn_procs(state, _pipeline=pipe)
+    # Without _pipeline diffusers 0.42.1 reads the processors and does not set them.
+    pipe.unet.load_attn_procs(str(tmp_path), weight_name=file.name, _pipeline=pipe)
     pipe.load_textual_inversion(str(tmp_path), weight_name="<dog>.safetensors")
     prompt = "a <dog> in the forest"
     theirs = noise_prediction(pipe, prompt)
