@@ -4,6 +4,7 @@ It knows tensors and files, not prompts, samplers or which rows deserve to be ke
 """
 
 import platform
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -229,9 +230,10 @@ def check_bytes(bundle: Path, manifest: Manifest) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error, without the code that onnxruntime puts before it."""
+    """The first line of an error, without the code and the path that onnxruntime puts before it."""
     lines = str(error).strip().splitlines()
-    return lines[0].split(" : ")[-1].strip().rstrip(".") if lines else type(error).__name__
+    text = lines[0].split(" : ")[-1] if lines else type(error).__name__
+    return re.sub(r"^Load model from .* failed:", "", text).strip().rstrip(".")
 
 
 def _run(session: Session, outputs: Sequence[str], feed: dict[str, Any]) -> Sequence[Any]:

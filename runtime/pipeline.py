@@ -49,7 +49,7 @@ def start_noise(seed: int, shape: tuple[int, ...]) -> Array:
     """Standard normal float32 noise of `shape`, (4,h,w); the same seed gives the same noise on every machine."""
     if seed < 0:
         raise EngineError(f"seed: must be 0 or more, got {seed}; choose another seed")
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 class Pipeline:

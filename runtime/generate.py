@@ -1,0 +1,83 @@
+"""A request in words to a picture: Check-in picks the checkpoint and writes the prompt, its best engine draws it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from personalq.errors import CheckinError
+from personalq.repository import Repository
+
+from .engine import open_engine
+from .image import write_png
+from .pipeline import Pipeline
+from .store import Store
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One picture and how it came to be. seconds: all of it; seconds_per_step: the denoising loop alone."""
+
+    checkpoint: str
+    prompt: str
+    image: str
+    engine: str
+    fallback_reason: str
+    seconds: float
+    seconds_per_step: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to draw. None: what the bundle recommends."""
+
+    steps: int | None = None
+    seed: int = 0
+    target: str = "onnxruntime"
+
+
+def generate(
+    repository: Repository,
+    request: str,
+    out: Path,
+    *,
+    checkpoint: str = "",
+    settings: Settings | None = None,
+    progress: Progress = lambda text, done: None,
+) -> Generated:
+    """Draw `request` into the PNG file `out`. With `checkpoint`, the request is its prompt as it stands.
+
+    Raises CheckinError when no checkpoint fits or a question is open, EngineError when there is no bundle.
+    """
+    started, settings = time.perf_counter(), settings or Settings()
+    progress("asking Check-in", 0.0)
+    checkpoint_id, prompt = (repository.card(checkpoint).id, request) if checkpoint else choose(repository, request)
+    found = Store(repository.root).find(checkpoint_id, settings.target)
+    progress("opening the engine", 0.05)
+    pipeline = Pipeline(open_engine(found.bundle))
+    begun, latents, n_steps = time.perf_counter(), None, 0
+    for step in pipeline.denoise(prompt, steps=settings.steps, seed=settings.seed):
+        latents, n_steps = step.latents, step.n_steps
+        progress(f"step {step.index + 1} of {step.n_steps}", 0.1 + 0.85 * (step.index + 1) / step.n_steps)
+    per_step = (time.perf_counter() - begun) / max(n_steps, 1)
+    assert latents is not None
+    write_png(out, pipeline.decode(latents))
+    seconds = time.perf_counter() - started
+    return Generated(
+        checkpoint_id, prompt, str(out), found.engine_name, found.fallback_reason, round(seconds, 3), round(per_step, 4)
+    )
+
+
+def choose(repository: Repository, request: str) -> tuple[str, str]:
+    """Check-in's checkpoint and prompt. Raises CheckinError with the question when one is open."""
+    from personalq.checkin import ask
+
+    decision = ask(repository, request)
+    if decision.decision == "clarify":
+        options = " / ".join(decision.options)
+        raise CheckinError(f"{decision.question} ({options}): say it in the request, or name one with --checkpoint ID")
+    if decision.decision != "select":
+        raise CheckinError("no checkpoint fits this request; list them with 'personalq ls', or name one with --checkpoint")
+    return decision.checkpoint, decision.prompt
