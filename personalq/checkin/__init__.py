@@ -1,0 +1,54 @@
+"""Check-in: which checkpoint a request means, whether to ask, and the prompt to draw with.
+
+decision = ask(Repository.open(), "my chocolate brown dog on the beach")
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..repository import Repository
+from .decision import Candidate, Decision
+from .dialogue import Checkin, write_index
+from .encoder import shared_encoder
+from .index import build_index
+
+__all__ = ["Candidate", "Checkin", "Decision", "IndexReport", "ask", "index"]
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What ``index`` did."""
+
+    cards: int
+    seconds: float
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return self.__dict__.copy()
+
+
+_OPEN: dict[str, tuple[str, Checkin]] = {}
+
+
+def ask(repository: Repository, request: str, answers: Sequence[str] = ()) -> Decision:
+    """Decide what a request means. The repository's Check-in stays in memory until its cards change."""
+    digest = repository.digest()
+    kept = _OPEN.get(str(repository.root))
+    if kept is None or kept[0] != digest:
+        kept = _OPEN[str(repository.root)] = (digest, Checkin(repository))
+    return kept[1].ask(request, answers)
+
+
+def index(repository: Repository) -> IndexReport:
+    """Build the index anew and publish it. Raises RepositoryError when the folder cannot be written."""
+    started = time.perf_counter()
+    built = build_index(repository.cards(), shared_encoder(), digest=repository.digest())
+    folder = repository.root / "index"
+    write_index(built, folder)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return IndexReport(built.n_cards, round(time.perf_counter() - started, 3), size)

@@ -1,0 +1,156 @@
+"""Check-in itself: a request and its answers go in, a Decision comes out. The same input gives the same output."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..atomic import atomic_directory
+from ..card import Card
+from ..errors import CheckinError, RepositoryError
+from ..repository import Repository
+from .answers import answer_scores, chosen_option, named_card, says_none
+from .decision import Candidate, Decision
+from .encoder import Encoder, shared_encoder
+from .explain import MAX_OPTIONS, explained_words, option_order, option_texts, question, reasons
+from .features import Evidence, gather
+from .index import Index, build_index, load_index, save_index
+from .rank import Model, distances, none_features, posterior, scores, shipped_model
+from .rewrite import rewrite
+
+MAX_QUESTIONS = 2
+MAX_ANSWERS = 8
+_SHOWN = 10
+_REACH = 2.0  # an answer may bring back candidates this much farther behind than the question's own limit
+
+
+class Checkin:
+    """Check-in over one repository, with its index in memory. Cheap to ask, made once."""
+
+    def __init__(self, repository: Repository, *, encoder: Encoder | None = None, model: Model | None = None) -> None:
+        self._encoder = encoder or shared_encoder()
+        self._model = model or shipped_model()
+        self.cards: list[Card] = repository.cards()
+        self.index = open_index(repository, self.cards, self._encoder)
+
+    def ask(self, request: str, answers: Sequence[str] = ()) -> Decision:
+        """Decide what ``request`` means, given the answers to the questions asked so far, in order.
+
+        Raises CheckinError for an empty request or too many answers.
+        """
+        started = time.perf_counter()
+        _refuse_unusable(request, answers)
+        evidence = gather(request, self.cards, self.index, self._encoder)
+        p, none = posterior(scores(self._model, evidence))
+        is_none = not len(p) or float(self._model.none(none_features(evidence, p, none))) > 0
+        candidates = self._candidates(evidence, p)
+        if is_none and not answers:
+            return _abstain(candidates, started)
+        open_ = self._open(evidence, p)
+        if is_none or len(open_) < 2:
+            return self._select(evidence, int(p.argmax()), candidates, started)
+        for turn, answer in enumerate(answers):
+            p_or_none = self._fold(evidence, p, open_, answer)
+            if p_or_none is None:
+                return _abstain((), started)
+            p = p_or_none
+            open_ = self._open(evidence, p) if turn + 1 < MAX_QUESTIONS else open_[:0]
+            candidates = self._candidates(evidence, p)
+            if len(open_) < 2:
+                return self._select(evidence, int(p.argmax()), candidates, started)
+        return self._clarify(evidence, open_, candidates, started)
+
+    def _open(self, evidence: Evidence, p: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Return the columns that the request leaves open, most probable first."""
+        behind = distances(self._model.ask, evidence, p)
+        order = np.argsort(behind, kind="stable")
+        return np.asarray(order[behind[order] < self._model.ask.limit], np.int64)
+
+    def _shown(self, evidence: Evidence, open_: NDArray[np.int64]) -> list[int]:
+        columns = [int(c) for c in open_[:MAX_OPTIONS]]
+        return sorted(columns, key=lambda c: option_order(self._card(evidence, c)))
+
+    def _fold(
+        self, evidence: Evidence, p: NDArray[np.float32], open_: NDArray[np.int64], answer: str
+    ) -> NDArray[np.float32] | None:
+        """Return the posterior after an answer, or None when it refuses everything."""
+        if says_none(answer):
+            return None
+        shown = self._shown(evidence, open_)
+        options = option_texts([self._card(evidence, c) for c in shown])
+        place = chosen_option(answer, options, len(shown))
+        column = (
+            shown[place] if place is not None else named_card(answer, [self._card(evidence, c) for c in range(len(p))])
+        )
+        if column is not None:
+            picked = np.full(len(p), 1e-6, np.float32)
+            picked[column] = 1.0
+            return np.asarray(picked / picked.sum(), np.float32)
+        said = gather(answer, self.cards, self.index, self._encoder)
+        added = answer_scores(said, self.index.n_cards)[evidence.places]
+        behind = distances(self._model.ask, evidence, p)
+        reachable = behind < self._model.ask.limit + _REACH
+        score = np.where(reachable, -0.5 * behind + added, -20.0)
+        weights = np.exp(score - score.max())
+        return np.asarray(weights / weights.sum(), np.float32)
+
+    def _card(self, evidence: Evidence, column: int) -> Card:
+        return self.cards[int(evidence.places[column])]
+
+    def _candidates(self, evidence: Evidence, p: NDArray[np.float32]) -> tuple[Candidate, ...]:
+        best = np.argsort(-p, kind="stable")[:_SHOWN]
+        return tuple(
+            Candidate(self._card(evidence, int(c)).id, round(float(p[c]), 4), reasons(evidence, int(c))) for c in best
+        )
+
+    def _select(self, evidence: Evidence, column: int, candidates: tuple[Candidate, ...], started: float) -> Decision:
+        card = self._card(evidence, column)
+        prompt = rewrite(evidence.intent, card, explained_words(evidence, column))
+        return Decision("select", card.id, prompt, None, (), candidates, _since(started))
+
+    def _clarify(
+        self, evidence: Evidence, open_: NDArray[np.int64], candidates: tuple[Candidate, ...], started: float
+    ) -> Decision:
+        shown = [self._card(evidence, c) for c in self._shown(evidence, open_)]
+        text = question(shown, len(open_))
+        return Decision("clarify", None, None, text, option_texts(shown), candidates, _since(started))
+
+
+def open_index(repository: Repository, cards: list[Card], encoder: Encoder) -> Index:
+    """Return the repository's index: from disk when it fits the cards, else built, and kept when the folder allows."""
+    digest = repository.digest()
+    found = load_index(repository.root / "index", digest=digest)
+    if found is not None and found.ids == [card.id for card in cards]:
+        return found
+    index = build_index(cards, encoder, digest=digest)
+    with contextlib.suppress(RepositoryError, OSError):  # a folder that cannot be written is asked from memory
+        write_index(index, repository.root / "index")
+    return index
+
+
+def write_index(index: Index, folder: Path) -> None:
+    """Publish an index folder whole, in place of an older one. Raises RepositoryError."""
+    with atomic_directory(folder, replace=True) as place:
+        save_index(index, place)
+
+
+def _abstain(candidates: tuple[Candidate, ...], started: float) -> Decision:
+    return Decision("abstain", None, None, None, (), candidates, _since(started))
+
+
+def _since(started: float) -> float:
+    return round((time.perf_counter() - started) * 1e3, 3)
+
+
+def _refuse_unusable(request: str, answers: Sequence[str]) -> None:
+    if not request.strip():
+        raise CheckinError("request: must say what to draw, got nothing; try 'my dog on the beach'")
+    if len(answers) > MAX_ANSWERS:
+        raise CheckinError(
+            f"answers: must be at most {MAX_ANSWERS}, got {len(answers)}; ask again with a fuller request"
+        )

@@ -1,0 +1,217 @@
+"""The Check-in index over all cards: BM25 postings, terms by field, vectors. Built once per set of cards.
+
+On disk (``index/``): ``index.safetensors`` (arrays, memory-mapped), ``index.json`` (ids, vocabulary, phrases, digest).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from ..card import Card
+from .bm25 import Bm25, build_bm25
+from .encoder import WIDTH, Encoder
+from .mapped import map_safetensors
+from .words import fold, grams, joined_pairs, split_term, terms, words
+
+VERSION = 1
+FIELDS = ("name", "class", "tags", "triggers", "description", "source")
+_MAX_TERMS = 120  # per field; a card cannot buy attention with length
+
+
+@dataclass(frozen=True)
+class Index:
+    """Everything the scorer reads. N cards, V vocabulary terms, P concept phrases (class nouns and tags).
+
+    ``field_terms[field_start[i * F + f] : field_start[i * F + f + 1]]`` are the vocabulary ids of field f of card i.
+    """
+
+    digest: str
+    ids: list[str]
+    vocabulary: dict[str, int]
+    bm25: Bm25
+    df: NDArray[np.int64]
+    field_start: NDArray[np.int64]
+    field_terms: NDArray[np.int32]
+    vectors: NDArray[np.float16]
+    phrases: dict[str, int]
+    phrase_vectors: NDArray[np.float16]
+    card_class: NDArray[np.int32]
+    gram_ids: dict[str, int]
+    gram_start: NDArray[np.int64]
+    gram_words: NDArray[np.int32]
+
+    triggers: dict[str, tuple[list[int], bool]]
+
+    @property
+    def n_cards(self) -> int:
+        """Number of cards."""
+        return len(self.ids)
+
+    @functools.cached_property
+    def terms(self) -> list[str]:
+        """The vocabulary by id."""
+        return list(self.vocabulary)
+
+    @functools.cached_property
+    def phrase_texts(self) -> list[str]:
+        """The concept phrases by id."""
+        return list(self.phrases)
+
+    @functools.cached_property
+    def vectors32(self) -> NDArray[np.float32]:
+        """Card vectors (N, 384) as float32: products of float16 are not vectorised."""
+        return self.vectors.astype(np.float32)
+
+    @functools.cached_property
+    def phrase_vectors32(self) -> NDArray[np.float32]:
+        """Phrase vectors (P, 384) as float32."""
+        return self.phrase_vectors.astype(np.float32)
+
+
+def card_fields(card: Card) -> tuple[list[str], ...]:
+    """Return the terms of each field of a card, in the order of FIELDS. Example prompts are scenes: not evidence."""
+    triggers = " ".join(card.trigger)
+    texts = (
+        terms(card.name) + joined_pairs(card.name),
+        terms(card.class_noun) + joined_pairs(card.class_noun),
+        [t for tag in card.tags for t in (*terms(tag), *joined_pairs(tag))],
+        terms(triggers) + joined_pairs(triggers),
+        terms(card.description),
+        terms(card.source) + terms(card.base),
+    )
+    return tuple(found[:_MAX_TERMS] for found in texts)
+
+
+def card_text(card: Card) -> str:
+    """Return the sentence that stands for a card in the dense index."""
+    tags = ", ".join(card.tags[:12])
+    parts = (card.name.replace("_", " "), card.class_noun, card.description[:400], tags)
+    return ". ".join(part.strip(" .") for part in parts if part)
+
+
+def documents(cards: Sequence[Card]) -> list[list[str]]:
+    """Return the BM25 document of every card: all fields and the example prompts."""
+    return [
+        [t for field in card_fields(card) for t in field] + terms(" ".join(card.example_prompts))[:_MAX_TERMS]
+        for card in cards
+    ]
+
+
+def build_index(cards: Sequence[Card], encoder: Encoder, *, digest: str) -> Index:
+    """Build the index of ``cards``; the order of ids is the order given."""
+    texts = documents(cards)
+    vocabulary = {term: i for i, term in enumerate(sorted({t for text in texts for t in text}))}
+    fields = [[vocabulary[t] for t in dict.fromkeys(field)] for card in cards for field in card_fields(card)]
+    seen = [set(t for part in fields[i : i + len(FIELDS)] for t in part) for i in range(0, len(fields), len(FIELDS))]
+    df = np.bincount([t for some in seen for t in some], minlength=len(vocabulary)).astype(np.int64)
+    phrases = _phrases(cards)
+    gram_ids, gram_start, gram_words = _gram_postings(list(vocabulary))
+    return Index(
+        digest=digest,
+        ids=[card.id for card in cards],
+        vocabulary=vocabulary,
+        bm25=build_bm25([[vocabulary[t] for t in text] for text in texts], len(vocabulary)),
+        df=df,
+        field_start=np.concatenate([[0], np.cumsum([len(f) for f in fields])]).astype(np.int64),
+        field_terms=np.array([t for field in fields for t in field], np.int32),
+        vectors=encoder.encode([card_text(card) for card in cards]).astype(np.float16),
+        phrases=phrases,
+        phrase_vectors=encoder.encode(list(phrases)).astype(np.float16),
+        card_class=np.array([phrases.get(_phrase(card.class_noun), -1) for card in cards], np.int32),
+        gram_ids=gram_ids,
+        gram_start=gram_start,
+        gram_words=gram_words,
+        triggers=_triggers(cards, encoder, vocabulary, df),
+    )
+
+
+def _triggers(
+    cards: Sequence[Card], encoder: Encoder, vocabulary: dict[str, int], df: NDArray[np.int64]
+) -> dict[str, tuple[list[int], bool]]:
+    """Map every trigger phrase, folded, to its cards and whether it is made up: nobody says it by chance.
+
+    Made up means: it has a word that is not an ordinary one and that only the cards with this trigger use.
+    """
+    found: dict[str, list[int]] = {}
+    for place, card in enumerate(cards):
+        for group in card.trigger:
+            for phrase in (group, *group.split(",")):
+                key = " ".join(fold(phrase).split())
+                if len(key) > 1 and place not in found.setdefault(key, []):
+                    found[key].append(place)
+
+    def is_made_up(key: str) -> bool:
+        odd = [t for w in words(key) if not encoder.is_word(w) for t in split_term(w)[:1]]
+        return any(df[vocabulary[t]] <= len(found[key]) for t in odd if t in vocabulary)
+
+    return {key: (found[key], is_made_up(key)) for key in sorted(found) if found[key]}
+
+
+def _phrase(text: str) -> str:
+    return " ".join(text.lower().replace("_", " ").split())
+
+
+def _phrases(cards: Sequence[Card]) -> dict[str, int]:
+    texts = {_phrase(text) for card in cards for text in (card.class_noun, *card.tags) if text}
+    return {text: i for i, text in enumerate(sorted(t for t in texts if t and len(t) <= 40))}
+
+
+def _gram_postings(vocabulary: list[str]) -> tuple[dict[str, int], NDArray[np.int64], NDArray[np.int32]]:
+    found: dict[str, list[int]] = {}
+    for place, word in enumerate(vocabulary):
+        for gram in dict.fromkeys(grams(word)):
+            found.setdefault(gram, []).append(place)
+    ids = {gram: i for i, gram in enumerate(sorted(found))}
+    start = np.concatenate([[0], np.cumsum([len(found[g]) for g in ids])]).astype(np.int64)
+    return ids, start, np.array([w for g in ids for w in found[g]], np.int32)
+
+
+_ARRAYS = (
+    "df", "field_start", "field_terms", "vectors", "phrase_vectors", "card_class", "gram_start", "gram_words",
+)  # fmt: skip
+_LISTS = ("vocabulary", "phrases", "gram_ids")
+
+
+def save_index(index: Index, folder: Path) -> None:
+    """Write an index into an empty folder."""
+    bm25 = index.bm25
+    arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in _ARRAYS}
+    arrays |= {"bm25_start": bm25.start, "bm25_docs": bm25.docs, "bm25_weights": bm25.weights}
+    save_file(arrays, folder / "index.safetensors")
+    text = {"version": VERSION, "digest": index.digest, "ids": index.ids}
+    text |= {name: list(getattr(index, name)) for name in _LISTS}
+    text["triggers"] = index.triggers
+    (folder / "index.json").write_text(json.dumps(text, ensure_ascii=False))
+
+
+def load_index(folder: Path, *, digest: str) -> Index | None:
+    """Return the index in ``folder`` if it is whole and of these cards, else None: it is then built again."""
+    try:
+        text = json.loads((folder / "index.json").read_bytes())
+        if text["version"] != VERSION or text["digest"] != digest:
+            return None
+        index = _assemble(text, map_safetensors(folder / "index.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return index if index.vectors.shape == (index.n_cards, WIDTH) else None
+
+
+def _assemble(text: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Index:
+    numbered = {name: {term: i for i, term in enumerate(text[name])} for name in _LISTS}
+    fields: dict[str, Any] = {**numbered, **{name: arrays[name] for name in _ARRAYS}}
+    return Index(
+        digest=text["digest"],
+        ids=list(text["ids"]),
+        bm25=Bm25(arrays["bm25_start"], arrays["bm25_docs"], arrays["bm25_weights"], len(text["ids"])),
+        triggers={key: (places, is_rare) for key, (places, is_rare) in text["triggers"].items()},
+        **fields,
+    )

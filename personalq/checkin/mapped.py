@@ -1,0 +1,29 @@
+"""Memory-map the arrays of a safetensors file: pages are read when they are used, and shared between processes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I32": np.int32, "I64": np.int64}
+
+
+def map_safetensors(path: Path) -> dict[str, NDArray[Any]]:
+    """Return read-only arrays by name. Raises ValueError, KeyError or OSError on a file that is not whole."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        header = json.loads(file.read(min(length, path.stat().st_size)))
+    data = (
+        np.memmap(path, np.uint8, "r", offset=8 + length) if path.stat().st_size > 8 + length else np.zeros(0, np.uint8)
+    )
+    arrays = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            arrays[name] = data[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return arrays

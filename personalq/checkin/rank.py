@@ -1,0 +1,140 @@
+"""Turn evidence into probabilities over {each candidate, none}: a conditional logit with plain numbers.
+
+score_i = w . (x_i - mean) / std + b,   p_i = exp(score_i) / (1 + sum_j exp(score_j)),   p_none = the rest.
+The numbers are in model.json, fitted by ``bench/fit_checkin.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CheckinError
+from .features import NAMES, ZONES, Evidence
+
+Matrix = NDArray[np.float32]
+MODEL = Path(__file__).with_name("model.json")
+NONE_NAMES = (
+    "none_logit", "best_cover", "best_dense", "best_dense_head", "noun_said", "noun_is_class", "unexplained", "trigger",
+)  # fmt: skip
+TRIGGER_SCORE = 4.0  # a made-up trigger that was said decides: its cards gain this, the others lose it
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear score over named features."""
+
+    mean: Matrix
+    std: Matrix
+    weights: Matrix
+    bias: float
+
+    def __call__(self, features: Matrix) -> Matrix:
+        """Return scores for features (..., F)."""
+        return np.asarray(((features - self.mean) / self.std) @ self.weights + self.bias, np.float32)
+
+
+@dataclass(frozen=True)
+class AskRule:
+    """Ask when a rival's log-odds distance to the leader plus ``lead_weight`` times its unexplained words is small."""
+
+    lead_weight: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """The three fitted parts: which card, whether none fits, whether to ask."""
+
+    card: Linear
+    none: Linear
+    ask: AskRule
+
+
+@functools.cache
+def shipped_model() -> Model:
+    """Return the model that ships with the package."""
+    return read_model(json.loads(MODEL.read_text()))
+
+
+def read_model(data: Mapping[str, Any]) -> Model:
+    """Read model.json data; raise CheckinError when it was fitted for other features."""
+    parts: dict[str, Linear] = {}
+    for part, names in (("card", NAMES), ("none", NONE_NAMES)):
+        entry = data[part]
+        if tuple(entry["features"]) != names:
+            raise CheckinError(
+                f"model.json: {part} must be fitted for {len(names)} features, got others; run bench/fit_checkin.py"
+            )
+        mean, std, weights = (np.array(entry[key], np.float32) for key in ("mean", "std", "weights"))
+        parts[part] = Linear(mean, std, weights, float(entry["bias"]))
+    return Model(parts["card"], parts["none"], AskRule(**data["ask"]))
+
+
+def posterior(scores: Matrix) -> tuple[Matrix, float]:
+    """Return (p (C,), p_none)."""
+    top = max(float(scores.max(initial=0.0)), 0.0)
+    weights = np.exp(scores - top)
+    total = float(weights.sum()) + float(np.exp(-top))
+    return np.asarray(weights / total, np.float32), float(np.exp(-top)) / total
+
+
+def explained(evidence: Evidence) -> Matrix:
+    """Return how much of each head and attribute term each card explains, times the term's weight: (T', C)."""
+    kept = evidence.terms.zones < ZONES.index("scene")
+    if not kept.any():
+        return np.zeros((0, len(evidence.places)), np.float32)
+    return np.asarray(evidence.match[kept].max(1) * evidence.terms.weights[kept, None], np.float32)
+
+
+def scores(model: Model, evidence: Evidence) -> Matrix:
+    """Return the score of every candidate (C,)."""
+    return np.asarray(model.card(evidence.features) + TRIGGER_SCORE * evidence.trigger, np.float32)
+
+
+def lead(evidence: Evidence, leader: int) -> Matrix:
+    """Return how much more of what was said the leader explains than each candidate (C,), 0 for the leader.
+
+    Words count by rarity; a stated base, kind or trigger counts like half a rare word.
+    """
+    said = explained(evidence)
+    ahead = np.maximum(said[:, [leader]] - said, 0.0).sum(0) - np.maximum(said - said[:, [leader]], 0.0).sum(0)
+    for column in (*(evidence.features[:, NAMES.index(name)] for name in ("family", "kind")), evidence.trigger):
+        ahead = ahead + 0.5 * (column[leader] - column)
+    return np.asarray(ahead, np.float32)
+
+
+def distances(rule: AskRule, evidence: Evidence, p: Matrix) -> Matrix:
+    """Return how far behind the leader every candidate is (C,): log(p_leader / p) + lead_weight * lead."""
+    leader = int(p.argmax())
+    behind = np.log(p[leader] / np.maximum(p, 1e-9)) + rule.lead_weight * lead(evidence, leader)
+    behind[leader] = 0.0
+    return np.asarray(behind, np.float32)
+
+
+def none_features(evidence: Evidence, p: Matrix, none: float) -> Matrix:
+    """Return the features of the abstain decision: how well the leader does, in absolute terms."""
+    if not len(p):
+        return np.array([6.0] + [0.0] * (len(NONE_NAMES) - 1), np.float32)
+    leader = int(p.argmax())
+    best = dict(zip(NAMES, evidence.features[leader], strict=True))
+    head = np.flatnonzero(evidence.terms.zones == 0)
+    missing = evidence.terms.weights[head] * (1 - evidence.match[head].max(1, initial=0.0)[:, leader])
+    values = (
+        float(np.clip(np.log((none + 1e-4) / (1 - none + 1e-4)), -6, 6)),
+        best["head_any"],
+        best["dense"],
+        best["dense_head"],
+        best["noun_any"],
+        best["noun_class"],
+        missing.max(initial=0.0),
+        evidence.trigger[leader],
+    )
+    return np.array(values, np.float32)
