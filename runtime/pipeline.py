@@ -55,7 +55,7 @@ def start_noise(seed: int, shape: tuple[int, ...]) -> Array:
 class Pipeline:
     """Draws pictures with one engine. Keeps the rows of the last prompts, and those of the empty prompt, computed."""
 
-    def __init__(self, engine: Engine, *, cached_prompts: int = 64) -> None:
+    def __init__(self, engine: Engine, *, cached_prompts: int = 16) -> None:
         self.engine = engine
         self.manifest = engine.manifest
         self.tokenizer = Tokenizer(engine.bundle / TOKENIZER, self.manifest.text)
