@@ -1,4 +1,4 @@
-"""Policies: named rules that turns statistics into the decisions of a spec. Data in, data out; no model is run here."""
+"""Policies: named rules that turn statistics into the decisions of a spec. Data in, data out; no model is run here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -25,11 +25,12 @@ def start_noise(pipe: StableDiffusionPipeline, seed: int) -> npt.NDArray[np.floa
 
 
 def golden_prompts(card: Card) -> list[str]:
-    """The empty prompt, then prompts with the trigger."""
+    """The empty prompt, then two prompts with the trigger: the card's own examples where it has them."""
     subject = subject_of(card)
-    if is_style(card):
-        return ["", f"a dog on the beach in the style of {subject}", f"a house in the snow in the style of {subject}"]
-    return ["", f"a photo of {subject} on the beach", f"a photo of {subject} in the snow"]
+    frames = ("a dog {} in the style of {}", "a house {} in the style of {}") if is_style(card) else ("a photo of {1} {0}",) * 2
+    made = [frame.format(scene, subject) for frame, scene in zip(frames, ("on the beach", "in the snow"), strict=True)]
+    examples = [p for p in card.example_prompts if any(group and group in p for group in card.trigger)]
+    return ["", *dict.fromkeys([*examples[:2], *made])][:3]
 
 
 def write_reference(pipe: StableDiffusionPipeline, card: Card, path: Path, steps: int, guidance: float) -> None:

@@ -1,6 +1,6 @@
 """The `ort` lowering: family graph + spec -> the graph ONNX Runtime's CPU provider (and OpenVINO) run in integers.
 
-FP32 around int8. What the kernels want (facts measured with ONNX Runtime 1.32): explicit zero points; a Conv fuses into
+FP32 around int8. What the kernels want (measured with ONNX Runtime 1.32): explicit zero points; a Conv fuses into
 QLinearConv only when its output is quantised too; a Linear is MatMul + Add, never Gemm (see runtime.engine for the
 optimiser that must stay off). Attention products stay float: they are faster so, and trigger attention stays exact.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from personalq.errors import SpecError
 from personalq.numerics import QTYPES, quantize
@@ -19,6 +20,7 @@ from .nodes import Builder, add_initializer
 from .rows_pass import assemble_rows
 from .store import Array, StoredTensor, as_float
 
+Quantised = dict[tuple[int, float], ir.Value]  # (value, scale) -> its int8 form
 STORAGE = {"float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT}
 
 
@@ -43,7 +45,7 @@ def lower_unet(model: ir.Model, spec_file: SpecFile) -> Lowered:
             f"spec {spec.name}: layers must be those of the family, got a difference at {odd[0]}; calibrate again"
         )
     lowered = Lowered(model, [])
-    pairs: dict[tuple[int, float], ir.Value] = {}
+    quantised: Quantised = {}
     for name, layer in layers.items():
         decision = spec.layers[name]
         key = f"{decision.op} {decision.weight}/{decision.activation}"
@@ -51,9 +53,10 @@ def lower_unet(model: ir.Model, spec_file: SpecFile) -> Lowered:
         if decision.weight == "float":
             lowered.unquantised[name] = decision.reason
             continue
-        lowered.tensors.append(_quantise(model, layer, decision, spec_file, pairs))
+        lowered.tensors.append(_quantise(model, layer, decision, spec_file, quantised))
     if not spec.is_float:
         assemble_rows(model, spec.rows.layers, spec.rows.kept.slots)
+    RemoveUnusedNodesPass()(model)
     lowered.tensors += store_floats(model, {t.name for t in lowered.tensors}, STORAGE[spec.storage])
     model.graph.sort()
     return lowered
@@ -64,20 +67,19 @@ def _quantise(
     layer: LayerNode,
     decision: LayerSpec,
     spec_file: SpecFile,
-    pairs: dict[tuple[int, float], ir.Value],
+    quantised: Quantised,
 ) -> StoredTensor:
     """Put Q/DQ around one layer; return the integer weight to store."""
     tensors, node = spec_file.tensors, layer.node
     build = Builder(model.graph, layer.name)
     if decision.activation == "int8":
         scale = np.float32(tensors[f"{layer.name}.input_scale"])
-        source = node.inputs[0]
-        pair = (id(source), float(scale))
-        if pair not in pairs:
-            pairs[pair] = quantise_dequantise(build, source, scale)
-        node.replace_input_with(0, pairs[pair])
+        node.replace_input_with(0, quantise_dequantise(build, node.inputs[0], scale, quantised))
     stored = integer_weight(layer, decision, tensors)
     weight = add_initializer(model.graph, stored.name, ir.tensor(np.zeros(1, np.int8), name=stored.name))
+    if stored.dtype == ir.DataType.INT4:  # stored in 4 bits; folded to int8 when the session opens, so kernels stay integer
+        model.graph.opset_imports[""] = 21
+        weight = build("Cast", weight, to=ir.DataType.INT8)
     scale_value = build.constant(np.asarray(tensors[f"{layer.name}.weight_scale"], np.float32))
     zero = build.constant(np.zeros(scale_value.shape.numpy(), np.int8))
     axis = 0 if layer.op == "conv" else 1
@@ -87,38 +89,41 @@ def _quantise(
     return stored
 
 
-def quantise_dequantise(build: Builder, value: ir.Value, scale: np.float32) -> ir.Value:
-    """value -> QuantizeLinear -> DequantizeLinear, int8, zero point 0."""
-    scale_value, zero = build.constant(np.asarray(scale)), build.constant(np.array(0, np.int8))
-    return build("DequantizeLinear", build("QuantizeLinear", value, scale_value, zero), scale_value, zero)
+def quantise_dequantise(build: Builder, value: ir.Value, scale: np.float32, quantised: Quantised) -> ir.Value:
+    """value -> QuantizeLinear -> DequantizeLinear: the spec's symmetric int8, written as uint8 with zero point 128.
+
+    x64 kernels multiply unsigned activations with signed weights. ONNX Runtime turns int8 into that by itself only where
+    a Quantize has one reader; to_q, to_k and to_v share theirs and would silently run in float (measured, 1.32).
+    """
+    scale_value, zero = build.constant(np.asarray(scale)), build.constant(np.array(128, np.uint8))
+    key = (id(value), float(scale))
+    if key not in quantised:
+        quantised[key] = build("QuantizeLinear", value, scale_value, zero)
+    return build("DequantizeLinear", quantised[key], scale_value, zero)
 
 
 def _quantise_output(build: Builder, node: ir.Node, scale: np.float32) -> None:
     readers = [(use.node, use.idx) for use in node.outputs[0].uses()]
-    result = quantise_dequantise(build, node.outputs[0], scale)
+    result = quantise_dequantise(build, node.outputs[0], scale, {})
     for reader, index in readers:
         reader.replace_input_with(index, result)
 
 
 def integer_weight(layer: LayerNode, decision: LayerSpec, tensors: dict[str, Array]) -> StoredTensor:
-    """The integers of one layer: Conv as [O,I,kh,kw], Linear as [K,N] (transposed), scales per output channel."""
-    scale, qtype = tensors[f"{layer.name}.weight_scale"], QTYPES[decision.weight]
+    """The integers of one layer: Conv as [O,I,kh,kw], Linear as [K,N] (transposed), scales per output channel.
+
+    Rounding 'nearest' is numerics.quantize; 'stored' integers were learnt by calibration and come with the spec.
+    """
+    name, qtype = f"{layer.name}.weight", QTYPES[decision.weight]
+    scale = tensors[f"{layer.name}.weight_scale"]
     shape = tuple(int(n) for n in layer.weight.shape.numpy())
-    if layer.op == "conv":
-        return StoredTensor(
-            f"{layer.name}.weight",
-            f"{layer.name}.weight",
-            ir.DataType.INT8,
-            shape,
-            lambda w: quantize(w, scale, qtype, 0),
-        )
-    return StoredTensor(
-        f"{layer.name}.weight",
-        f"{layer.name}.weight",
-        ir.DataType.INT8,
-        shape[::-1],
-        lambda w: quantize(w, scale, qtype, 0).T,
-    )
+
+    def integers(weight: Array) -> Array:
+        q = tensors[f"{layer.name}.weight_q"] if decision.rounding == "stored" else quantize(weight, scale, qtype, 0)
+        return q if layer.op == "conv" else q.T
+
+    dtype = ir.DataType.INT4 if decision.weight == "int4" else ir.DataType.INT8
+    return StoredTensor(name, name, dtype, shape if layer.op == "conv" else shape[::-1], integers)
 
 
 def store_floats(model: ir.Model, done: set[str], storage: ir.DataType) -> list[StoredTensor]:

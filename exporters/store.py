@@ -54,6 +54,7 @@ def write_graph(
             data.write(memoryview(blob).cast("B"))
             _point(model.graph.initializers[tensor.name], tensor, offset, path.parent, data_name)
             offset += tensor.n_bytes
+    forget_shapes(model)
     ir.save(model, path)
 
 
@@ -62,4 +63,13 @@ def _point(value: ir.Value, tensor: StoredTensor, offset: int, folder: Path, dat
     value.const_value = ir.ExternalTensor(
         data_name, offset, tensor.n_bytes, tensor.dtype, shape=shape, name=tensor.name, base_dir=folder
     )
-    value.dtype, value.shape = tensor.dtype, shape
+    value.type, value.shape = ir.TensorType(tensor.dtype), shape
+
+
+def forget_shapes(model: ir.Model) -> None:
+    """Drop the types and shapes noted on intermediate values: every loader infers them, and lowering made some stale."""
+    outputs = set(model.graph.outputs)
+    for node in model.graph:
+        for value in node.outputs:
+            if value not in outputs:
+                value.type, value.shape = None, None

@@ -102,9 +102,8 @@ def trace_graphs(configs: dict[str, dict[str, Any]]) -> dict[str, ir.Model]:
     """
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_config(configs["unet"]).eval()
-    text = CLIPTextModel._from_config(
-        CLIPTextConfig.from_dict(configs["text_encoder"]), attn_implementation="sdpa"
-    ).eval()
+    text_config = CLIPTextConfig.from_dict(configs["text_encoder"] | {"dtype": "float32"})
+    text = CLIPTextModel._from_config(text_config, attn_implementation="sdpa").eval()
     vae = AutoencoderKL.from_config(configs["vae"]).eval()
     side, length = configs["unet"]["sample_size"], configs["text_encoder"].get("max_position_embeddings", 77)
     width = sum(2 * w for _, w in cross_attention_layers(unet))

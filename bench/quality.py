@@ -1,0 +1,173 @@
+"""What does compression cost? Every gallery checkpoint x policy x bits, paired with FP32 over fixed prompts and seeds.
+
+    python -m bench.quality [--quick] [--policies taq-w8a8,...] [--out FILE.json]
+
+Per picture: PSNR and SSIM against the FP32 picture of the same prompt and seed, concept score (mean cosine to real
+renders of the concept) and prompt score (probability of what the prompt names), by the gallery's judges. Bytes are
+counted from the bundle's files. Differences between policies are paired and carry cluster-bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from bench.intervals import bootstrap
+from personalq.numerics import psnr_db
+
+METRICS = ("psnr_db", "ssim", "concept", "prompt")
+LARGEST_DB = 60.0  # stands for "equal" in means
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: `policies` are '<policy>-<bits>' or 'fp32'."""
+
+    repository: Path
+    policies: tuple[str, ...]
+    prompts: int
+    seeds: int
+
+
+def measure_checkpoint(plan: Plan, checkpoint_id: str) -> list[dict[str, Any]]:
+    """Rows of one checkpoint, one per policy, each with its per-picture numbers."""
+    from gallery.concepts import evaluation_prompts, reference_images
+    from gallery.judge import Judge
+    from personalq.repository import Repository
+
+    repository, judge = Repository.open(plan.repository), Judge.load()
+    prompts = evaluation_prompts(checkpoint_id)[: plan.prompts]
+    references = reference_images(checkpoint_id, 32, 900)
+    reference, rows = None, []
+    for policy in dict.fromkeys(("fp32", *plan.policies)):
+        made = export(repository, checkpoint_id, policy)
+        images = np.concatenate(list(draw(made["bundle"], prompts, plan.seeds)))
+        reference = images if reference is None else reference
+        pictures = {
+            "psnr_db": [min(psnr_db(r, i, peak=255), LARGEST_DB) for r, i in zip(reference, images, strict=True)],
+            "ssim": [ssim(r, i) for r, i in zip(reference, images, strict=True)],
+            "concept": judge.concept_score(images, references).tolist(),
+            "prompt": judge.prompt_score(images, [p for p in prompts for _ in range(plan.seeds)]).tolist(),
+        }
+        means = {name: float(np.mean(values)) for name, values in pictures.items()}
+        rows.append({"checkpoint": checkpoint_id, "policy": policy, **made["facts"], **means, "pictures": pictures})
+    return rows
+
+
+def export(repository: Any, checkpoint_id: str, policy: str) -> dict[str, Any]:
+    """Calibrate and export one checkpoint under '<policy>-<bits>' or 'fp32'."""
+    from calibration.calibrate import CalibrateOptions, calibrate
+    from exporters.export import export_checkpoint
+
+    name, _, bits = policy.partition("-")
+    spec = calibrate(repository, checkpoint_id, CalibrateOptions(policy=name, bits=bits or "w8a8"))
+    result = export_checkpoint(repository, checkpoint_id, spec.spec_path)
+    facts = {
+        "bits": bits or "fp32",
+        "bytes": result.bytes,
+        "bytes_fp32": result.bytes_fp32,
+        "calibration_seconds": round(spec.seconds, 2),
+        "peak_rss_bytes": spec.peak_rss_bytes,
+    }
+    return {"bundle": result.bundle, "facts": facts}
+
+
+def draw(bundle: Path, prompts: list[str], seeds: int) -> Iterator[np.ndarray]:
+    """(1,H,W,3) uint8 pictures, prompt by prompt and seed by seed."""
+    from runtime.engine import OrtEngine
+    from runtime.pipeline import Pipeline
+
+    pipeline = Pipeline(OrtEngine(bundle, threads=1))
+    for prompt in prompts:
+        for seed in range(seeds):
+            yield pipeline.image(prompt, seed=seed)[None]
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """Structural similarity of two uint8 pictures (Wang et al. 2004), by scikit-image's defaults."""
+    from skimage.metrics import structural_similarity
+
+    return float(structural_similarity(a, b, channel_axis=2, data_range=255))
+
+
+def differences(rows: list[dict[str, Any]], baseline: str = "fp32") -> list[dict[str, Any]]:
+    """Paired mean differences of every policy with the first quantised one (and with FP32), with 95 % intervals."""
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    pairs = [(p, baseline) for p in policies if p != baseline]
+    first = next((p for p in policies if p != baseline), baseline)
+    pairs += [(first, p) for p in policies if p not in (first, baseline)]
+    by = {(row["checkpoint"], row["policy"]): row["pictures"] for row in rows}
+    result = []
+    for a, b in pairs:
+        both = [c for c, p in by if p == a and (c, b) in by]
+        for metric in METRICS:
+            gaps = [np.subtract(by[c, a][metric], by[c, b][metric]) for c in both]
+            groups = np.repeat(both, [len(gap) for gap in gaps])
+            result.append({"a": a, "b": b, "metric": metric, **asdict(bootstrap(np.concatenate(gaps), groups))})
+    return result
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """One line per policy: means over checkpoints."""
+    yield f"{'policy':14} {'MB':>6} {'/fp32':>6} {'PSNR dB':>8} {'SSIM':>6} {'concept':>8} {'prompt':>7}"
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        chosen = [row for row in rows if row["policy"] == policy]
+        size, ratio = (float(np.mean([f(row) for row in chosen])) for f in (lambda r: r["bytes"] / 1e6, lambda r: r["bytes"] / r["bytes_fp32"]))
+        means = {metric: float(np.mean([row[metric] for row in chosen])) for metric in METRICS}
+        yield (
+            f"{policy:14} {size:6.2f} {ratio:6.3f} {means['psnr_db']:8.2f} {means['ssim']:6.3f} "
+            f"{means['concept']:8.3f} {means['prompt']:7.3f}"
+        )
+
+
+@click.command()
+@click.option("--repo", type=click.Path(path_type=Path, exists=True), default=Path("gallery/repository"), show_default=True)
+@click.option("--policies", default="taq-w8a8", show_default=True, help="comma list of POLICY-BITS")
+@click.option("--checkpoints", default="", help="comma list of ids (default: all with weights)")
+@click.option("--prompts", default=8, show_default=True)
+@click.option("--seeds", default=4, show_default=True)
+@click.option("--quick", is_flag=True, help="3 prompts x 1 seed")
+@click.option("--jobs", default=2, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="also write the JSON here")
+def main(repo: Path, policies: str, checkpoints: str, prompts: int, seeds: int, quick: bool, jobs: int, out: Path | None) -> None:
+    """Measure quality over the gallery; a table, then one JSON object as the last line."""
+    from personalq.repository import Repository
+
+    started = time.perf_counter()
+    plan = Plan(repo, tuple(policies.split(",")), 3 if quick else prompts, 1 if quick else seeds)
+    repository = Repository.open(repo)
+    wanted = checkpoints.split(",") if checkpoints else [c.id for c in repository.cards() if repository.has_weights(c.id)]
+    export(repository, wanted[0], "fp32")  # the family is traced once, before the workers start
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(jobs) as pool:
+        for part in pool.map(measure_checkpoint, [plan] * len(wanted), wanted):
+            rows += part
+            click.echo(f"{part[0]['checkpoint']}: " + "  ".join(f"{r['policy']} {r['psnr_db']:.1f} dB" for r in part[1:]), err=True)
+    click.echo("\n".join(table(rows)))
+    summary = {
+        "bench": "quality",
+        "rows": rows,
+        "differences": differences(rows),
+        "prompts": plan.prompts,
+        "seeds": plan.seeds,
+        "seconds": round(time.perf_counter() - started, 1),
+        "machine": f"{platform.machine()} {platform.system()}",
+        "versions": {name: version(name) for name in ("onnxruntime", "torch", "diffusers")},
+    }
+    if out:
+        out.write_text(json.dumps(summary, indent=1) + "\n")
+    click.echo(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
