@@ -6,9 +6,13 @@ Exit 0: done, 1: a named failure in one line, 2: usage, 130: interrupted. It kno
 import contextlib
 import functools
 import json
+import logging
+import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import click
@@ -37,11 +41,16 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a command found. data: the JSON object. lines: for people, text or rich tables. code: the exit status."""
+    """What a command found.
+
+    data: the JSON object. lines: the same for people; without them `data` is laid out as it is. code: the exit status.
+    printed: the command has printed by itself, one JSON object a line.
+    """
 
     data: dict[str, Any]
-    lines: Sequence[Any] = ()
+    lines: Sequence[str] = ()
     code: int = 0
+    printed: bool = False
 
 
 class Report(Protocol):
@@ -53,12 +62,15 @@ class Report(Protocol):
 class OneLine(click.ClickException):
     """A failure shown as one line on stderr."""
 
-    def __init__(self, message: str, code: int = 1) -> None:
+    def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
-        self.exit_code = code
 
     def show(self, file: Any = None) -> None:
         click.echo(f"personalq: {self.message}", err=True)
+
+
+class Interrupted(OneLine):
+    exit_code = 130
 
 
 class Commands(click.Group):
@@ -80,7 +92,14 @@ class Commands(click.Group):
             where, reason = error.filename or "system", error.strerror or str(error)
             raise OneLine(f"{where}: must be usable, got '{reason}'; check permissions and free space") from error
         except KeyboardInterrupt:
-            raise OneLine("interrupted; nothing half-written was kept", 130) from None
+            raise Interrupted("interrupted; nothing half-written was kept") from None
+
+
+def start_logging() -> None:
+    """Send warnings of every room to stderr, and keep the libraries below quiet unless the user asks them to speak."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="personalq: %(message)s")
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def reports(function: Callable[..., Result]) -> Callable[..., None]:
@@ -90,22 +109,73 @@ def reports(function: Callable[..., Result]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, as_json: bool, **options: Any) -> None:
         result = function(*args, **options)
-        if as_json:
+        if as_json and not result.printed:
             click.echo(json.dumps(result.data, ensure_ascii=False))
-        else:
-            _print(result.lines)
+        elif not result.printed:
+            _print(result)
         if result.code:
             sys.exit(result.code)
 
     return run
 
 
-def _print(lines: Sequence[Any]) -> None:
+def each_line(file: Path, needs: str, answer: Callable[[dict[str, Any]], Any]) -> Result:
+    """JSONL in, JSONL out: print `answer(line).to_json()` for each line, in order.
+
+    A line that is not an object with the text `needs`, or cannot be answered, prints {"error": ...} and makes the exit
+    status 1.
+    """
+    code = 0
+    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict) or not isinstance(line.get(needs), str):
+                raise ValueError(needs)
+            made = answer(line).to_json()
+        except PersonalQError as error:
+            code, made = 1, {"error": str(error)}
+        except ValueError:
+            code, made = 1, {"error": f"{file}:{number}: must be a JSON object with {needs!r}; fix the line"}
+        click.echo(json.dumps(made, ensure_ascii=False))
+    return Result({}, code=code, printed=True)
+
+
+def _print(result: Result) -> None:
     from rich.console import Console
 
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-    for line in lines:
-        console.print(line)
+    width = None if sys.stdout.isatty() else 200  # in a pipe nothing is wrapped at 80
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    for block in result.lines or _blocks(result.data):
+        console.print(block)
+
+
+def _blocks(data: Mapping[str, Any]) -> Iterator[Any]:
+    """Single values as one list, then every list of objects and every object as a table of its own."""
+    objects = {key: value for key, value in data.items() if isinstance(value, Mapping) or _is_table(value)}
+    single = [(key, value) for key, value in data.items() if key not in objects and value not in ("", None, [], ())]
+    if single:
+        yield _table("", "", rows=single)
+    for key, value in objects.items():
+        if isinstance(value, Mapping):
+            rows = [(name, item) for name, item in value.items() if not isinstance(item, Mapping)]
+            yield from [f"{key}:", _table("", "", rows=rows)] if rows else []
+        else:
+            columns = list(dict.fromkeys(name for item in value for name in item))
+            yield from [f"{key}:", _table(*columns, rows=[[item.get(name, "") for name in columns] for item in value])]
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _cell(value: Any) -> str:
+    """A value as people read it: no brackets, hashes cut short, four digits."""
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item) for item in value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text[:12] if re.fullmatch(r"[0-9a-f]{64}", text) else text
 
 
 @contextlib.contextmanager
@@ -127,12 +197,14 @@ def progress() -> Iterator[Report]:
         yield report
 
 
-def table(*columns: str, rows: Sequence[Sequence[Any]]) -> Any:
+def _table(*columns: str, rows: Sequence[Sequence[Any]]) -> Any:
     """A rich table without a frame; cells are shown as they are, never as markup."""
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(*columns, box=None, pad_edge=False, show_header=any(columns))
+    made = Table(box=None, pad_edge=False, show_header=any(columns))
+    for column in columns:
+        made.add_column(column, overflow="fold")
     for row in rows:
-        made.add_row(*(Text(", ".join(cell) if isinstance(cell, list | tuple) else str(cell)) for cell in row))
+        made.add_row(*(Text(_cell(cell)) for cell in row))
     return made

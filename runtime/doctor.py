@@ -116,4 +116,3 @@ def _gpus() -> list[Device]:
         for row in rows
         if len(row) == 4
     ]
-

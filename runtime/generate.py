@@ -56,7 +56,7 @@ def generate(
     checkpoint_id, prompt = (repository.card(checkpoint).id, request) if checkpoint else choose(repository, request)
     found = Store(repository.root).find(checkpoint_id, settings.target)
     progress("opening the engine", 0.05)
-    pipeline = Pipeline(open_engine(found.bundle))
+    pipeline = Pipeline(open_engine(found.engine_name, found.bundle))
     begun, latents, n_steps = time.perf_counter(), None, 0
     for step in pipeline.denoise(prompt, steps=settings.steps, seed=settings.seed):
         latents, n_steps = step.latents, step.n_steps
@@ -79,5 +79,8 @@ def choose(repository: Repository, request: str) -> tuple[str, str]:
         options = " / ".join(decision.options)
         raise CheckinError(f"{decision.question} ({options}): say it in the request, or name one with --checkpoint ID")
     if decision.decision != "select":
-        raise CheckinError("no checkpoint fits this request; list them with 'personalq ls', or name one with --checkpoint")
+        raise CheckinError(
+            "no checkpoint fits this request; list them with 'personalq ls', or name one with --checkpoint"
+        )
+    assert decision.checkpoint is not None and decision.prompt is not None
     return decision.checkpoint, decision.prompt

@@ -1,0 +1,50 @@
+# make demo    a request becomes a picture, compressed beside uncompressed, in demo-out/
+# make test    the tests                    make lint    ruff and mypy
+# make check   lint, then tests             make clean   what the others made, .venv too
+#
+# Each of them makes .venv with PYTHON (3.11 or newer) and installs what constraints.txt names, once.
+# TORCH_PIP goes to the pip call that installs torch. On Linux pip takes a CUDA build of torch, which runs on a CPU too
+# and is a few gigabytes; the "CPU" choice of PyTorch's install page gives the option for the small one:
+#   make demo TORCH_PIP='--index-url ...'
+
+PYTHON ?= python3
+TORCH_PIP ?=
+OUT ?= demo-out
+PYTEST ?= -q -n 2 --dist loadfile
+
+BIN := .venv/bin
+# Two workers with one thread each; more threads would only wait for each other.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+STAMP := .venv/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+.PHONY: demo test lint check clean install
+.DEFAULT_GOAL := check
+
+demo: install
+	$(BIN)/personalq demo --out $(OUT)
+
+test: install
+	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST)
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+install: $(STAMP)
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "make: Python 3.11 or newer is needed, got $$($(PYTHON) --version 2>&1 | head -n 1); run: make PYTHON=python3.12" >&2; \
+		exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+		echo "make: cannot make .venv; install Python's venv module (Debian, Ubuntu: python3-venv)" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH_PIP) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,dev]'
+	@rm -f .venv/installed-*
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(OUT)

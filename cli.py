@@ -1,0 +1,250 @@
+"""The `personalq` command: parse, one call, print. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from runtime.console import Commands, Result, each_line, progress, reports, start_logging
+
+if TYPE_CHECKING:
+    from personalq.repository import Repository
+
+PATH = click.Path(path_type=Path)
+TARGETS = click.Choice(["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"])
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--repo", type=PATH, envvar="PERSONALQ_REPO", help="Repository folder. Default: the shipped gallery.")
+@click.version_option(package_name="personalq", prog_name="personalq")
+@click.pass_context
+def cli(context: click.Context, repo: Path | None) -> None:
+    """Find the personalised checkpoint a request means, compress it, run it."""
+    start_logging()
+    context.obj = repo
+
+
+def main() -> None:
+    """The console script."""
+    cli(prog_name="personalq")
+
+
+def opened(*, create: bool = False) -> Repository:
+    """The repository of --repo, $PERSONALQ_REPO, or the gallery."""
+    from personalq.repository import Repository
+
+    return Repository.open(click.get_current_context().find_root().obj, create=create)
+
+
+@cli.command()
+@click.argument("sources", metavar="SOURCE...", nargs=-1, type=PATH)
+@click.option("--cards", type=PATH, help="Take in a JSONL file of cards without weights.")
+@click.option("--base", default="", help="Base of the sources: an id here, or a diffusers folder to add first.")
+@click.option("--id", "card_id", default="", help="Id for a single SOURCE, in place of its card's.")
+@click.option("--replace", is_flag=True, help="Replace a checkpoint that has the same id.")
+@reports
+def add(sources: tuple[Path, ...], cards: Path | None, base: str, card_id: str, replace: bool) -> Result:
+    """Take in checkpoints: diffusers folders, LoRAs, Custom-Diffusion deltas, embeddings."""
+    from personalq.repository import AddResult
+
+    if not (sources or cards or base) or (card_id and len(sources) != 1):
+        raise click.UsageError("name at least one SOURCE (with --id exactly one), --cards FILE or --base FOLDER")
+    repository, result, bases = opened(create=True), AddResult(), []
+    if (Path(base) / "model_index.json").is_file():
+        base = repository.add_base(Path(base))
+        bases.append(base)
+    for source in sources:
+        result += repository.add(source, base=base, card_id=card_id, replace=replace)
+    result += repository.add_cards(cards) if cards else AddResult()
+    for refused in result.refused:
+        click.echo(f"personalq: {refused.reason}", err=True)
+    lines = [f"added base {name}" for name in bases]
+    lines += ["\n  note: ".join((f"added {one.id} ({one.kind})", *one.warnings)) for one in result.added]
+    return Result({**result.to_json(), "bases": bases}, lines, 1 if result.refused else 0)
+
+
+@cli.command("ls")
+@reports
+def list_() -> Result:
+    """List the checkpoints."""
+    return Result({"checkpoints": [entry.to_json() for entry in opened().entries()]})
+
+
+@cli.command()
+@click.argument("id_", metavar="ID")
+@reports
+def show(id_: str) -> Result:
+    """Show one checkpoint's card and bundles."""
+    repository = opened()
+    card = repository.card(id_)
+    found = {"has_weights": repository.has_weights(id_), "bundles": [one.name for one in repository.bundles(id_)]}
+    return Result({**card.to_json(), **found})
+
+
+@cli.command()
+@click.argument("id_", metavar="ID")
+@reports
+def rm(id_: str) -> Result:
+    """Remove a checkpoint: its card and its weights."""
+    opened().remove(id_)
+    return Result({"removed": id_}, [f"removed {id_}"])
+
+
+@cli.command()
+@click.option("--fix", is_flag=True, help="Remove what killed processes left behind.")
+@reports
+def check(fix: bool) -> Result:
+    """Find what is wrong in the repository; exit 1 when anything is."""
+    problems = opened().check(fix=fix)
+    code = 1 if any(not problem.fixed for problem in problems) else 0
+    lines = [problem.message for problem in problems] or ["nothing is wrong"]
+    return Result({"problems": [problem.to_json() for problem in problems]}, lines, code)
+
+
+@cli.command()
+@reports
+def index() -> Result:
+    """Build the Check-in index over all cards."""
+    from personalq.checkin import index as build
+
+    return Result(build(opened()).to_json())
+
+
+@cli.command()
+@click.argument("request", required=False)
+@click.option("--answer", "answers", multiple=True, help="Answer to the question asked; repeat for later ones.")
+@click.option("--batch", type=PATH, help='JSONL file of {"request": ..., "answers": [...]}; one JSON object a line.')
+@reports
+def ask(request: str | None, answers: tuple[str, ...], batch: Path | None) -> Result:
+    """Find the checkpoint a REQUEST means, and write its prompt."""
+    from personalq.checkin import ask as decide
+
+    if (request is None) == (batch is None):
+        raise click.UsageError("name a REQUEST or --batch FILE, one of the two")
+    repository = opened()
+    if batch is not None:
+        return each_line(batch, "request", lambda line: decide(repository, line["request"], line.get("answers", ())))
+    return Result(decide(repository, request or "", answers).to_json())
+
+
+@cli.command()
+@click.argument("id_", metavar="ID")
+@click.option("--policy", default="taq", show_default=True, help="Rule that turns statistics into bits.")
+@click.option("--bits", default="w8a8", show_default=True, help="Bits of weights and activations.")
+@click.option("--budget-mb", type=click.FloatRange(min=0, min_open=True), help="Share out this many megabytes.")
+@reports
+def calibrate(id_: str, policy: str, bits: str, budget_mb: float | None) -> Result:
+    """Run a checkpoint, collect its statistics and write its TAQ spec."""
+    repository = opened()
+    repository.checkpoint_dir(id_)
+    from calibration import calibrate as room
+
+    budget = None if budget_mb is None else round(budget_mb * 1e6)
+    with progress() as report:
+        options = room.CalibrateOptions(policy=policy, bits=bits, budget_bytes=budget)
+        made = room.calibrate(repository, id_, options, report)
+    counted = {name: getattr(made, name) for name in ("kept_tokens", "layers", "seconds", "peak_rss_bytes")}
+    return Result({"spec": str(made.spec_path), "policy": policy, "bits": bits, **counted})
+
+
+@cli.command()
+@click.argument("id_", metavar="ID")
+@click.option("--spec", type=PATH, help="Default: the spec that 'calibrate' wrote last.")
+@click.option("--target", "targets", type=TARGETS, multiple=True, default=["onnxruntime"], show_default=True)
+@reports
+def export(id_: str, spec: Path | None, targets: tuple[str, ...]) -> Result:
+    """Export a checkpoint under a spec into a bundle."""
+    repository = opened()
+    repository.checkpoint_dir(id_)
+    from exporters.request import export_request
+
+    with progress() as report:
+        made = export_request(repository, id_, spec, targets, report)
+    return Result({**asdict(made), "bundle": str(made.bundle)})
+
+
+@cli.command()
+@click.argument("bundle", metavar="BUNDLE|ID")
+@reports
+def verify(bundle: str) -> Result:
+    """Check a bundle against the goldens that torch and diffusers wrote; exit 1 when one check fails."""
+    from runtime.store import find
+    from runtime.verify import verify_bundle
+
+    folder = Path(bundle)
+    if not folder.is_dir():
+        folder = find(opened().root, opened().card(bundle).id).bundle
+    report = verify_bundle(folder)
+    return Result({**report.to_json(), "bundle": str(folder)}, code=0 if report.passed else 1)
+
+
+@cli.command()
+@click.argument("request")
+@click.option("-o", "--out", type=PATH, required=True, help="PNG file to write.")
+@click.option("--checkpoint", default="", help="Draw with this checkpoint; REQUEST is the prompt as it stands.")
+@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps. Default: what the base recommends.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--target", type=TARGETS, default="onnxruntime", show_default=True)
+@reports
+def generate(request: str, out: Path, checkpoint: str, steps: int | None, seed: int, target: str) -> Result:
+    """Draw a REQUEST with the checkpoint that Check-in picks."""
+    from runtime import generate as room
+
+    with progress() as report:
+        settings = room.Settings(steps=steps, seed=seed, target=target)
+        made = room.generate(opened(), request, out, checkpoint=checkpoint, settings=settings, progress=report)
+    return Result(asdict(made))
+
+
+@cli.command()
+@click.option("--out", type=PATH, required=True, help="Folder for the pictures.")
+@reports
+def demo(out: Path) -> Result:
+    """Take one request all the way: find, compress, export, draw, beside the uncompressed picture."""
+    from gallery.demo import run
+
+    with progress() as report:
+        return Result(run(out, opened(), report))
+
+
+@cli.command()
+@reports
+def doctor() -> Result:
+    """Show this machine's devices, targets and versions."""
+    from runtime.doctor import examine
+
+    return Result(examine())
+
+
+@cli.group()
+def spec() -> None:
+    """Look into TAQ specs."""
+
+
+@spec.command()
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@reports
+def diff(a: Path, b: Path) -> Result:
+    """Show every decision in which two specs differ."""
+    from personalq.spec import diff_specs, read_spec
+
+    lines = diff_specs(read_spec(a).spec, read_spec(b).spec)
+    return Result({"differences": lines}, lines or ["no decision differs"])
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("name")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(name: str, arguments: tuple[str, ...]) -> None:
+    """Run one benchmark of bench/; its options follow its NAME. The last line is one JSON object."""
+    names = sorted(file.stem for file in Path(__file__).with_name("bench").glob("[!_]*.py"))
+    if name not in names:
+        raise click.UsageError(f"NAME must be one of {', '.join(names)}, got {name!r}")
+    sys.argv = [f"bench {name}", *arguments]
+    runpy.run_module(f"bench.{name}", run_name="__main__", alter_sys=True)
