@@ -4,7 +4,10 @@ The only exporter module that needs torch. Every initializer keeps the name of i
 checkpoint of the family is exported by reading weights by name (TensorRT refits and streams by the same names).
 """
 
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +145,7 @@ def trace_graphs(configs: dict[str, dict[str, Any]]) -> dict[str, ir.Model]:
 def _trace(
     module: nn.Module, args: tuple[Tensor, ...], inputs: list[str], outputs: list[str], shapes: list[dict[int, Any]]
 ) -> ir.Model:
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         program = torch.onnx.export(
             module.eval(),
             args,
@@ -155,6 +158,20 @@ def _trace(
             verbose=False,
         )
     return clean(program.model, {name for name, _ in module.named_parameters()})
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Torch's exporter warns about its own deprecations and packages we do not use; its errors still come through."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def clean(model: ir.Model, parameters: set[str]) -> ir.Model:

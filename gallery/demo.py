@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from personalq.bundle import read_manifest
+from personalq.errors import CheckinError
 from personalq.numerics import psnr_db
 from personalq.repository import Repository
 
@@ -27,6 +28,8 @@ def run(out_dir: Path, repository: Repository, progress: Progress = lambda text,
     progress("asking Check-in", 0.0)
     decision = ask(repository, REQUEST)
     checkpoint, prompt = decision.checkpoint, decision.prompt
+    if checkpoint is None or prompt is None:
+        raise CheckinError(f"demo: {REQUEST!r} must select a checkpoint, got {decision.decision}; use the shipped gallery")
     bundle = make_bundle(repository, checkpoint, "taq", lambda text, done: progress(text, 0.05 + 0.45 * done))
     reference = make_bundle(repository, checkpoint, "fp32", lambda text, done: progress(text, 0.50 + 0.25 * done))
     pictures, step_seconds = {}, {}
