@@ -18,7 +18,7 @@ Found = dict[str, tuple[Any, str, float]]
 
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _TEMPLATE = re.compile(
-    r"^(?:an?|the|my)?\s*(?:photo|picture|image|painting|drawing|rendering|pixel picture|portrait|close-?up)s?\s+of\s+"
+    r"^(?:an?|the|my)?\s*(?:photo|picture|image|painting|drawing|rendering|pixel picture|portrait|close-?up)s?\s+of\s+(?:an?\s+|the\s+|my\s+)?"
     r"|^(?:a |an )?(?:[\w ]{0,20} )?in the style of\s+|^(?:an?|the|my)\s+",
     re.IGNORECASE,
 )
