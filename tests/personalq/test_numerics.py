@@ -89,10 +89,12 @@ def test_integers_survive_a_second_trip(x: np.ndarray) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(arrays(np.float32, (3, 16), elements=FLOATS).filter(lambda x: bool(np.abs(x).max() > 0.1)))
-def test_more_bits_never_add_error_to_a_searched_scale(x: np.ndarray) -> None:
+@given(st.integers(0, 2**32 - 1), st.floats(0.01, 100))
+def test_more_bits_give_less_error_on_weights(seed: int, spread: float) -> None:
+    """Normal values; on values that lie on a coarse grid, fewer bits may well be exact."""
+    x = (np.random.default_rng(seed).standard_normal((8, 32)) * spread).astype(np.float32)
     errors = [float(((fake_quantize(x, mse_scale(x, t), t) - x) ** 2).sum()) for t in (INT4, INT6, INT8)]
-    assert errors[0] >= errors[1] * 0.999 and errors[1] >= errors[2] * 0.999
+    assert errors[0] > errors[1] > errors[2]
 
 
 @settings(max_examples=30, deadline=None)
