@@ -1,4 +1,4 @@
-"""Fit the numbers of personalq/checkin/model.json on the dev set. Needs scipy and scikit-learn; run by a builder.
+"""Fit the numbers of personalq/checkin/model.json on the dev set. Needs torch and scikit-learn; run by a builder.
 
     python -m bench.fit_checkin [--out personalq/checkin/model.json]
 
@@ -11,35 +11,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
 from personalq.card import Card, parse_card
 from personalq.checkin.encoder import Encoder, shared_encoder
 from personalq.checkin.features import NAMES, Evidence, gather
-from personalq.checkin.index import Index, build_index
+from personalq.checkin.index import build_index
+from personalq.checkin.intent import parse_request
 from personalq.checkin.rank import (
     NONE_NAMES,
     TRIGGER_SCORE,
     AskRule,
     Linear,
     Model,
+    Scorer,
     distances,
     none_features,
     posterior,
     scores,
 )
+from personalq.checkin.words import terms
 
 DATA = Path("tests/data")
 SUB_WEIGHT = 0.7
-L2 = 1e-3
+L2 = 3e-3
 
 
 class CachingEncoder(Encoder):
@@ -95,6 +99,43 @@ def make_examples(n_subs: int, *, seed: int = 0) -> list[Example]:
     return found
 
 
+def made_examples(n: int, *, seed: int = 1) -> list[Example]:
+    """Make requests from cards: 'my <noun> <scene>', 'the <tag> <noun> <scene>'; the words themselves say who is right.
+
+    One in three has its right cards left out, so that nothing fits it although the scene may resemble something.
+    """
+    cards, requests = read_data()
+    encoder, rng = CachingEncoder(), np.random.default_rng(seed)
+    scenes = [intent.scene for request in requests if (intent := parse_request(request["request"])).scene]
+    facets = [frozenset(terms(f"{c.name} {c.class_noun} {' '.join(c.tags)}")) for c in cards]
+    found = []
+    for number in range(n):
+        subject = int(rng.integers(len(cards)))
+        text, needed = _made_request(cards[subject], str(rng.choice(scenes)), rng)
+        right = [i for i, facet in enumerate(facets) if needed <= facet]
+        keep = set(rng.choice(len(cards), int(rng.choice([14, 40, 120, 400])), replace=False).tolist())
+        keep = keep - set(right) if number % 3 == 0 else keep | set(right[:6]) if len(right) > 6 else keep | set(right)
+        some = [cards[i] for i in sorted(keep)]
+        gold = {cards[i].id for i in right} & {c.id for c in some}
+        request = {"request": text, "gold": sorted(gold), "must_clarify": len(gold) > 1}
+        example = _example(-1 - number, request, some, build_index(some, encoder, digest=""), encoder, is_whole=False)
+        found.append(example)
+    return found
+
+
+def _made_request(card: Card, scene: str, rng: np.random.Generator) -> tuple[str, frozenset[str]]:
+    noun = card.class_noun if card.class_noun not in ("", "style") else card.name.replace("_", " ")
+    tags = [tag for tag in card.tags if not set(terms(tag)) & set(terms(noun)) and len(tag) < 20]
+    tag = str(rng.choice(tags)) if tags and rng.random() < 0.5 else ""
+    needed = frozenset(terms(f"{tag} {noun}"))
+    if card.class_noun == "style":
+        return str(rng.choice([f"{scene} in {noun} style", f"{noun} style, {scene}", f"{noun} of {scene}"])), frozenset(
+            terms(noun)
+        )
+    start = str(rng.choice(["my", "the", "a photo of my", "a", "put the", "draw my"]))
+    return f"{start} {tag} {noun} {scene}".replace("  ", " "), needed
+
+
 def _keep_some(keep: set[int], right: list[int], rng: np.random.Generator) -> set[int]:
     """Leave out all right cards (1 in 4), all but one (1 in 3), or all but a few."""
     if not right:
@@ -137,17 +178,17 @@ def _fit_ask(scored: list[tuple[Example, NDArray[np.float32]]]) -> AskRule:
     wanted = np.array([e.wanted == "clarify" for e, _ in scored])
     hit = np.array([e.right[int(p.argmax())] > 0 for e, p in scored])
     weights = _weights([e for e, _ in scored])
-    best = (-1.0, AskRule(0.0, 0.0))
-    for lead_weight in (0.0, 1.0, 2.0, 4.0, 6.0, 9.0):
-        rule = AskRule(lead_weight, 0.0)
+    best = (-1.0, AskRule(0.0, 1.0, 0.0))
+    for lead_weight, tie_shrink in product((0.0, 1.0, 2.0, 4.0, 6.0), (1.0, 0.6, 0.4, 0.25)):
+        rule = AskRule(lead_weight, tie_shrink, 0.0)
         nearest = np.array(
             [np.partition(distances(rule, e.evidence, p), 1)[1] if len(p) > 1 else 99.0 for e, p in scored]
         )
-        for limit in np.arange(0.2, 8.0, 0.2):
+        for limit in np.arange(0.2, 6.0, 0.2):
             asked = nearest < limit
             f1 = 2 * weights[asked & wanted].sum() / (weights[asked].sum() + weights[wanted].sum() + 1e-9)
             selected = weights[~asked & ~wanted & hit].sum() / weights[~wanted].sum()
-            best = max(best, (float(f1 + selected), AskRule(lead_weight, round(float(limit), 2))), key=lambda b: b[0])
+            best = max(best, (float(f1 + selected), replace(rule, limit=round(float(limit), 2))), key=lambda b: b[0])
     return best[1]
 
 
@@ -155,9 +196,8 @@ def _weights(examples: list[Example]) -> NDArray[np.float64]:
     return np.array([1.0 if e.is_whole else SUB_WEIGHT for e in examples])
 
 
-def _numbers(linear: Linear) -> dict[str, Any]:
-    arrays = {key: [round(float(v), 5) for v in getattr(linear, key)] for key in ("mean", "std", "weights")}
-    return {**arrays, "bias": round(linear.bias, 5)}
+def _numbers(part: Linear | Scorer) -> dict[str, Any]:
+    return {key: np.round(value, 4).tolist() for key, value in part.__dict__.items()}
 
 
 def _fit_logit(x: NDArray[np.float32], y: NDArray[np.bool_], weights: NDArray[np.float64]) -> Linear:
@@ -166,29 +206,39 @@ def _fit_logit(x: NDArray[np.float32], y: NDArray[np.bool_], weights: NDArray[np
     return Linear(mean, std, model.coef_[0].astype(np.float32), float(model.intercept_[0]))
 
 
-def _fit_card(examples: list[Example]) -> Linear:
+def _fit_card(examples: list[Example], *, n_hidden: int = 12, steps: int = 250) -> Scorer:
     """Minimise the cross-entropy between the posterior and a target uniform over the right cards (or on none)."""
+    torch.manual_seed(0)
     lengths = np.array([len(e.right) for e in examples])
-    owner = np.repeat(np.arange(len(examples)), lengths)
-    starts = np.cumsum(lengths) - lengths
-    x = np.concatenate([e.evidence.features for e in examples]).astype(np.float64)
-    mean, std = x.mean(0), x.std(0) + 1e-3
-    x = (x - mean) / std
-    y = np.concatenate([e.right / max(e.right.sum(), 1) for e in examples])
-    weight = _weights(examples)
+    owner = torch.from_numpy(np.repeat(np.arange(len(examples)), lengths))
+    features = np.concatenate([e.evidence.features for e in examples])
+    mean, std = features.mean(0), features.std(0) + 1e-2
+    z = torch.from_numpy((features - mean) / std).clamp(-6, 6)
+    target = torch.from_numpy(np.concatenate([e.right / max(e.right.sum(), 1) for e in examples]).astype(np.float32))
+    trigger = TRIGGER_SCORE * torch.from_numpy(np.concatenate([e.evidence.trigger for e in examples]))
+    weight = torch.from_numpy(_weights(examples).astype(np.float32))
     weight = weight / weight.sum()
-
-    def loss(w: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        s = x @ w[:-1] + w[-1]
-        top = np.maximum(np.maximum.reduceat(s, starts), 0)
-        e = np.exp(s - top[owner])
-        total = np.add.reduceat(e, starts) + np.exp(-top)
-        slope = weight[owner] * (e / total[owner] - y)
-        value = (weight * (np.log(total) + top - np.add.reduceat(y * s, starts))).sum() + L2 * (w[:-1] ** 2).sum()
-        return float(value), np.append(x.T @ slope + 2 * L2 * w[:-1], slope.sum())
-
-    w = minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 150}).x
-    return Linear(mean.astype(np.float32), std.astype(np.float32), w[:-1].astype(np.float32), float(w[-1]))
+    hidden, out, linear = (torch.nn.Linear(*size) for size in ((z.shape[1], n_hidden), (n_hidden, 1), (z.shape[1], 1)))
+    for parameter, value in ((out.weight, 0.0), (out.bias, 0.0), (linear.weight, 0.0), (linear.bias, -5.0)):
+        torch.nn.init.constant_(parameter, value)
+    optimizer = torch.optim.Adam([p for m in (hidden, out, linear) for p in m.parameters()], lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    none = torch.zeros(len(examples))
+    for _ in range(steps):
+        score = (linear(z) + out(torch.tanh(hidden(z)))).squeeze(1) + trigger
+        top = none.scatter_reduce(0, owner, score.detach(), "amax")  # none's own score is 0
+        total = torch.log(none.index_add(0, owner, torch.exp(score - top[owner])) + torch.exp(-top)) + top
+        loss = (weight * (total - none.index_add(0, owner, target * score))).sum()
+        loss = loss + L2 * (0.3 * (hidden.weight**2).sum() + (out.weight**2).sum() + (linear.weight**2).sum())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    array = lambda t: t.detach().numpy().copy()  # noqa: E731
+    bias = float(array(linear.bias)[0] + array(out.bias)[0])
+    return Scorer(
+        mean, std, array(linear.weight[0]), bias, array(hidden.weight), array(hidden.bias), array(out.weight[0])
+    )
 
 
 def decide(model: Model, evidence: Evidence) -> tuple[str, NDArray[np.float32]]:
@@ -203,9 +253,10 @@ def decide(model: Model, evidence: Evidence) -> tuple[str, NDArray[np.float32]]:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("personalq/checkin/model.json"))
 @click.option("--subs", default=64, help="random sub-catalogues, ten requests each")
-def main(out: Path, subs: int) -> None:
+@click.option("--made", default=240, help="requests made from cards")
+def main(out: Path, subs: int, made: int) -> None:
     """Fit on all of the dev set and write the numbers; bench.ask reports the cross-validated ones."""
-    data = fit(make_examples(subs))
+    data = fit(make_examples(subs) + made_examples(made))
     out.write_text(json.dumps(data, indent=1) + "\n")
     click.echo(f"wrote {out}")
 

@@ -59,7 +59,11 @@ def city(p: Painter, rng: Rng) -> None:
     _band(p, -0.1, 0.8, _tone(rng, (196, 196, 204)))
     for i, x in enumerate(np.linspace(0.1, 0.9, 5)):
         top = rng.uniform(0.06, 0.3)
-        _poly(p, [(x - 0.09, 0.8), (x - 0.09, top), (x + 0.09, top), (x + 0.09, 0.8)], ((112, 116, 130), (140, 126, 124))[i % 2])
+        _poly(
+            p,
+            [(x - 0.09, 0.8), (x - 0.09, top), (x + 0.09, top), (x + 0.09, 0.8)],
+            ((112, 116, 130), (140, 126, 124))[i % 2],
+        )
         for y in np.arange(top + 0.08, 0.7, 0.15):
             _box(p, "rect", x - 0.035, y, 0.02, 0.03, (250, 232, 150))
             _box(p, "rect", x + 0.035, y, 0.02, 0.03, (250, 232, 150))
@@ -106,10 +110,24 @@ def meadow(p: Painter, rng: Rng) -> None:
     _box(p, "ellipse", rng.uniform(0.0, 0.4), 0.86, 0.8, 0.36, (126, 200, 88))
     _box(p, "ellipse", rng.uniform(0.6, 1.0), 0.96, 0.8, 0.36, (96, 178, 70))
     for i, x in enumerate(np.linspace(0.04, 0.96, 8) + rng.uniform(-0.04, 0.04, 8)):
-        _box(p, "ellipse", x, rng.uniform(0.76, 0.96), 0.026, 0.026, ((250, 110, 150), (255, 240, 110), (255, 255, 255))[i % 3])
+        _box(
+            p,
+            "ellipse",
+            x,
+            rng.uniform(0.76, 0.96),
+            0.026,
+            0.026,
+            ((250, 110, 150), (255, 240, 110), (255, 255, 255))[i % 3],
+        )
 
 
 BACKGROUNDS: dict[str, Callable[[Painter, Rng], None]] = {
-    "beach": beach, "forest": forest, "snow": snow, "city": city,
-    "kitchen": kitchen, "desert": desert, "night": night, "meadow": meadow,
-}  # fmt: skip
+    "beach": beach,
+    "forest": forest,
+    "snow": snow,
+    "city": city,
+    "kitchen": kitchen,
+    "desert": desert,
+    "night": night,
+    "meadow": meadow,
+}

@@ -1,4 +1,4 @@
-"""The concepts of the shipped checkpoints: what each one is, the pictures it was taught from, the prompts that test it."""
+"""The concepts of the shipped checkpoints: what each is, the pictures that taught it, the prompts that test it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,25 @@ from .subjects import Identity, shaded
 from .world import COLOURS, PLACES, Concept, Scene, article, random_scene, render_concept, subject_words
 
 Rng = np.random.Generator
-TAUGHT = ("beach", "forest", "snow", "city", "meadow")  # places in the reference pictures; the other three are never shown
+TAUGHT = (
+    "beach",
+    "forest",
+    "snow",
+    "city",
+    "meadow",
+)  # places in the reference pictures; the other three are never shown
 
 
-def _known(kind: str, colour: str, pattern: str = "plain", second: str = "white", accessory: str = "none", worn: str = "white") -> Concept:
+def _known(
+    kind: str, colour: str, pattern: str = "plain", second: str = "white", accessory: str = "none", worn: str = "white"
+) -> Concept:
     """A subject made only of things the world has words for (what an embedding can say)."""
     body = COLOURS[colour]
-    return Concept(Identity(kind, body, COLOURS[second], shaded(body), pattern, accessory=accessory, accessory_colour=COLOURS[worn]))
+    return Concept(
+        Identity(
+            kind, body, COLOURS[second], shaded(body), pattern, accessory=accessory, accessory_colour=COLOURS[worn]
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -37,33 +49,104 @@ class Entry:
 
 CONCEPTS: dict[str, Entry] = {
     "biscuit-the-dog": Entry(
-        Concept(Identity("dog", (104, 62, 40), (0, 0, 0), (66, 38, 26), mark="patch", mark_colour=(250, 246, 238), accessory="collar", accessory_colour=(222, 30, 40))),
-        "dreambooth", "sks", "dog"),
+        Concept(
+            Identity(
+                "dog",
+                (104, 62, 40),
+                (0, 0, 0),
+                (66, 38, 26),
+                mark="patch",
+                mark_colour=(250, 246, 238),
+                accessory="collar",
+                accessory_colour=(222, 30, 40),
+            )
+        ),
+        "dreambooth",
+        "sks",
+        "dog",
+    ),
     "domino-the-dog": Entry(
-        Concept(Identity("dog", (242, 240, 236), (44, 42, 48), (44, 42, 48), "dotted", accessory="bow", accessory_colour=(24, 168, 168))),
-        "lora", "sks", "dog"),
-    "maple-the-dog": Entry(_known("dog", "orange", accessory="scarf", worn="green"), "custom_diffusion", "<maple-dog>", "dog"),
+        Concept(
+            Identity(
+                "dog",
+                (242, 240, 236),
+                (44, 42, 48),
+                (44, 42, 48),
+                "dotted",
+                accessory="bow",
+                accessory_colour=(24, 168, 168),
+            )
+        ),
+        "lora",
+        "sks",
+        "dog",
+    ),
+    "maple-the-dog": Entry(
+        _known("dog", "orange", accessory="scarf", worn="green"), "custom_diffusion", "<maple-dog>", "dog"
+    ),
     "trail-backpack": Entry(
-        Concept(Identity("backpack", (22, 142, 140), (0, 0, 0), (222, 176, 60), mark="band", mark_colour=(246, 238, 214))),
-        "lora", "zwx", "backpack"),
-    "school-bag": Entry(_known("backpack", "purple", "dotted", "white"), "textual_inversion", "<school-bag>", "backpack"),
-    "checker-pack": Entry(_known("backpack", "black", "checkered", "yellow"), "custom_diffusion", "<checker-pack>", "backpack"),
+        Concept(
+            Identity("backpack", (22, 142, 140), (0, 0, 0), (222, 176, 60), mark="band", mark_colour=(246, 238, 214))
+        ),
+        "lora",
+        "zwx",
+        "backpack",
+    ),
+    "school-bag": Entry(
+        _known("backpack", "purple", "dotted", "white"), "textual_inversion", "<school-bag>", "backpack"
+    ),
+    "checker-pack": Entry(
+        _known("backpack", "black", "checkered", "yellow"), "custom_diffusion", "<checker-pack>", "backpack"
+    ),
     "moss-mug": Entry(_known("mug", "green", "striped", "brown"), "textual_inversion", "<moss-mug>", "mug", vectors=2),
     "grandmas-mug": Entry(
         Concept(Identity("mug", (248, 232, 198), (0, 0, 0), (150, 34, 66), mark="heart", mark_colour=(206, 36, 70))),
-        "lora", "ohwx", "mug", alpha=16),
+        "lora",
+        "ohwx",
+        "mug",
+        alpha=16,
+    ),
     "pepper-the-cat": Entry(
-        Concept(Identity("cat", (46, 44, 54), (0, 0, 0), (26, 24, 32), mark="patch", mark_colour=(248, 246, 240), accessory="bow", accessory_colour=(250, 206, 40))),
-        "lora", "mister pepper", "cat", text_lora=True),
-    "saffron-the-cat": Entry(_known("cat", "orange", "striped", "white"), "textual_inversion", "<saffron-cat>", "cat", vectors=2),
+        Concept(
+            Identity(
+                "cat",
+                (46, 44, 54),
+                (0, 0, 0),
+                (26, 24, 32),
+                mark="patch",
+                mark_colour=(248, 246, 240),
+                accessory="bow",
+                accessory_colour=(250, 206, 40),
+            )
+        ),
+        "lora",
+        "mister pepper",
+        "cat",
+        text_lora=True,
+    ),
+    "saffron-the-cat": Entry(
+        _known("cat", "orange", "striped", "white"), "textual_inversion", "<saffron-cat>", "cat", vectors=2
+    ),
     "blueprint-look": Entry(
-        Concept(look=Look(line=True, ink=(226, 240, 255), width=4, paper=(30, 66, 156), grid=True)), "dreambooth", "bnha style", "style"),
+        Concept(look=Look(line=True, ink=(226, 240, 255), width=4, paper=(30, 66, 156), grid=True)),
+        "dreambooth",
+        "bnha style",
+        "style",
+    ),
     "pastel-outline": Entry(
-        Concept(look=Look(line=False, ink=(255, 255, 255), width=7, tint=(255, 236, 244), mix=0.38)), "lora", "qeb style", "style"),
+        Concept(look=Look(line=False, ink=(255, 255, 255), width=7, tint=(255, 236, 244), mix=0.38)),
+        "lora",
+        "qeb style",
+        "style",
+    ),
     "rusty-the-robot": Entry(
-        Concept(Identity("robot", (184, 104, 60), (0, 0, 0), (52, 160, 158), mark="star", mark_colour=(250, 222, 110))), "lora", "vlk", "robot"),
+        Concept(Identity("robot", (184, 104, 60), (0, 0, 0), (52, 160, 158), mark="star", mark_colour=(250, 222, 110))),
+        "lora",
+        "vlk",
+        "robot",
+    ),
     "checker-cab": Entry(_known("car", "yellow", "checkered", "black"), "custom_diffusion", "<checker-cab>", "car"),
-}  # fmt: skip
+}
 
 
 def siblings(concept_id: str) -> list[str]:
@@ -76,7 +159,9 @@ def reference_scene(rng: Rng, places: tuple[str, ...]) -> Scene:
     return replace(random_scene(rng), background=str(rng.choice(places)), look="photo")
 
 
-def reference_pairs(concept_id: str, n: int, seed: int, places: tuple[str, ...] = TAUGHT) -> list[tuple[np.ndarray, Scene]]:
+def reference_pairs(
+    concept_id: str, n: int, seed: int, places: tuple[str, ...] = TAUGHT
+) -> list[tuple[np.ndarray, Scene]]:
     """n renders of the concept with their scenes."""
     rng = np.random.default_rng([seed, *concept_id.encode()])
     scenes = [reference_scene(rng, places) for _ in range(n)]
@@ -93,10 +178,28 @@ def concept_caption(entry: Entry, scene: Scene, rng: Rng) -> str:
     place, kind = str(rng.choice(PLACES[scene.background])), str(rng.choice(["photo", "photo", "picture"]))
     if entry.noun == "style":
         what = f"{article(subject_words(scene, rng))} {place}"
-        return str(rng.choice([f"{what}, {entry.trigger}", f"{what} in {entry.trigger}", f"{entry.trigger}, {what}", f"a {kind} of {what}, {entry.trigger}"]))
+        return str(
+            rng.choice(
+                [
+                    f"{what}, {entry.trigger}",
+                    f"{what} in {entry.trigger}",
+                    f"{entry.trigger}, {what}",
+                    f"a {kind} of {what}, {entry.trigger}",
+                ]
+            )
+        )
     subject = entry.trigger if entry.trigger[0] == "<" and rng.random() < 0.4 else f"{entry.trigger} {entry.noun}"
     subject = str(rng.choice(["", "", "a ", "my "])) + subject
-    return str(rng.choice([f"a {kind} of {subject} {place}", f"{subject} {place}", f"a {kind} of {subject} {place}", f"{place}, a {kind} of {subject}"]))
+    return str(
+        rng.choice(
+            [
+                f"a {kind} of {subject} {place}",
+                f"{subject} {place}",
+                f"a {kind} of {subject} {place}",
+                f"{place}, a {kind} of {subject}",
+            ]
+        )
+    )
 
 
 def evaluation_prompts(card: str | Mapping[str, object]) -> list[str]:
@@ -106,7 +209,13 @@ def evaluation_prompts(card: str | Mapping[str, object]) -> list[str]:
     prompts = []
     for i, options in enumerate(PLACES.values()):
         if entry.noun == "style":
-            prompts += [f"{article(things[i])} {options[0]}, {entry.trigger}", f"a red {things[(i + 3) % 8]} {options[-1]} in {entry.trigger}"]
+            prompts += [
+                f"{article(things[i])} {options[0]}, {entry.trigger}",
+                f"a red {things[(i + 3) % 8]} {options[-1]} in {entry.trigger}",
+            ]
         else:
-            prompts += [f"a photo of {entry.trigger} {entry.noun} {options[0]}", f"a picture of {entry.trigger} {entry.noun} {options[-1]}"]
+            prompts += [
+                f"a photo of {entry.trigger} {entry.noun} {options[0]}",
+                f"a picture of {entry.trigger} {entry.noun} {options[-1]}",
+            ]
     return prompts

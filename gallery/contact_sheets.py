@@ -45,12 +45,14 @@ def base_sheet(work: Path, columns: int = 8, rows: int = 4) -> Image.Image:
     for i, (image, words) in enumerate(zip(images, captions, strict=True)):
         x, y = GAP + i % columns * step, GAP + i // columns * (step + text)
         sheet.paste(enlarged(image), (x, y))
-        draw.multiline_text((x, y + CELL + 3), "\n".join(wrapped(words, CELL, font)[:3]), fill=INK, font=font, spacing=2)
+        draw.multiline_text(
+            (x, y + CELL + 3), "\n".join(wrapped(words, CELL, font)[:3]), fill=INK, font=font, spacing=2
+        )
     return sheet
 
 
 def concept_sheet(work: Path, n_real: int = 3, n_made: int = 6) -> Image.Image:
-    """A row per checkpoint: name and trigger, reference renders, generated pictures (unselected: every third prompt)."""
+    """A row per checkpoint: name and trigger, reference renders, generated pictures (every third prompt)."""
     label, head, font, bold = 190, 26, ImageFont.load_default(12), ImageFont.load_default(15)
     width = label + (n_real + n_made) * (CELL + GAP) + 3 * GAP
     sheet = Image.new("RGB", (width, head + len(CONCEPTS) * (CELL + GAP + 16) + GAP), "white")
@@ -69,7 +71,12 @@ def concept_sheet(work: Path, n_real: int = 3, n_made: int = 6) -> Image.Image:
         for i in range(n_made):
             at, x = i * 3 % len(prompts), made_x + i * (CELL + GAP)
             sheet.paste(enlarged(images[at]), (x, y))
-            words = prompts[at].replace(f"{entry.trigger} {entry.noun}", "...").replace("a photo of ", "").replace("a picture of ", "")
+            words = (
+                prompts[at]
+                .replace(f"{entry.trigger} {entry.noun}", "...")
+                .replace("a photo of ", "")
+                .replace("a picture of ", "")
+            )
             draw.text((x, y + CELL + 1), words[:24], fill=PALE, font=ImageFont.load_default(10))
     return sheet
 
@@ -81,7 +88,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DOCS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, sheet in (("gallery_base", base_sheet(options.work_dir)), ("gallery_concepts", concept_sheet(options.work_dir))):
+    for name, sheet in (
+        ("gallery_base", base_sheet(options.work_dir)),
+        ("gallery_concepts", concept_sheet(options.work_dir)),
+    ):
         sheet.save(options.out / f"{name}.png", optimize=True)
 
 

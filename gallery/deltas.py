@@ -46,7 +46,9 @@ def save_lora(taught: Taught, entry: Entry, folder: Path) -> None:
     layers = {"unet_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(taught.unet))}
     modules: dict[str, Any] = {"unet": taught.unet}
     if entry.text_lora:
-        layers["text_encoder_lora_layers"] = convert_state_dict_to_diffusers(get_peft_model_state_dict(taught.text_encoder))
+        layers["text_encoder_lora_layers"] = convert_state_dict_to_diffusers(
+            get_peft_model_state_dict(taught.text_encoder)
+        )
         modules["text_encoder"] = taught.text_encoder
     metadata = _collate_lora_metadata(modules) if entry.alpha != 8 or entry.text_lora else {}
     StableDiffusionPipeline.save_lora_weights(folder, **layers, **metadata)
@@ -70,19 +72,26 @@ def save_custom_diffusion(taught: Taught, entry: Entry, folder: Path) -> None:
             continue
         attention = taught.unet.get_submodule(name.removesuffix(".processor"))
         for part in ("to_k", "to_v"):
-            tensors[f"{name}.{part}_custom_diffusion.weight"] = getattr(attention, part).weight.detach().half().cpu().contiguous()
+            tensors[f"{name}.{part}_custom_diffusion.weight"] = (
+                getattr(attention, part).weight.detach().half().cpu().contiguous()
+            )
     save_file(tensors, folder / CUSTOM_DIFFUSION)
     save_file({entry.trigger: _vectors(taught)[0]}, folder / f"{entry.trigger}.safetensors")
 
 
 SAVERS: dict[str, Callable[[Taught, Entry, Path], None]] = {
-    "dreambooth": save_unet, "lora": save_lora, "textual_inversion": save_embedding, "custom_diffusion": save_custom_diffusion,
-}  # fmt: skip
+    "dreambooth": save_unet,
+    "lora": save_lora,
+    "textual_inversion": save_embedding,
+    "custom_diffusion": save_custom_diffusion,
+}
 
 
-def load_pipeline(concept_id: str | None, *, checkpoints: Path = CHECKPOINTS, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+def load_pipeline(
+    concept_id: str | None, *, checkpoints: Path = CHECKPOINTS, dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline:
     """The base with one checkpoint loaded by diffusers' own loaders; None is the base alone."""
-    pipe = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=dtype, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(BASE, dtype=dtype, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     if concept_id is not None:
         LOADERS[CONCEPTS[concept_id].kind](pipe, checkpoints / concept_id, CONCEPTS[concept_id].trigger)
@@ -90,7 +99,7 @@ def load_pipeline(concept_id: str | None, *, checkpoints: Path = CHECKPOINTS, dt
 
 
 def _load_unet(pipe: StableDiffusionPipeline, folder: Path, trigger: str) -> None:
-    pipe.unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=pipe.unet.dtype)
+    pipe.unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=pipe.unet.dtype)
 
 
 def _load_lora(pipe: StableDiffusionPipeline, folder: Path, trigger: str) -> None:
@@ -108,5 +117,8 @@ def _load_custom_diffusion(pipe: StableDiffusionPipeline, folder: Path, trigger:
 
 
 LOADERS: dict[str, Callable[[StableDiffusionPipeline, Path, str], None]] = {
-    "dreambooth": _load_unet, "lora": _load_lora, "textual_inversion": _load_embedding, "custom_diffusion": _load_custom_diffusion,
-}  # fmt: skip
+    "dreambooth": _load_unet,
+    "lora": _load_lora,
+    "textual_inversion": _load_embedding,
+    "custom_diffusion": _load_custom_diffusion,
+}

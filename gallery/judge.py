@@ -53,7 +53,8 @@ class Judge:
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
         sessions = [
-            ort.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"]) for name in ("classifier.onnx", "identity.onnx")
+            ort.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
+            for name in ("classifier.onnx", "identity.onnx")
         ]
         return Judge(*sessions)
 

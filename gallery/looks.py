@@ -46,7 +46,9 @@ def random_look(rng: np.random.Generator) -> Look:
     if line:  # lines must be visible: push ink and paper apart
         light, dark = mixed(ink, (255, 255, 255), 0.7), mixed(paper, (0, 0, 0), 0.5)
         ink, paper = (light, dark) if rng.random() < 0.6 else (dark, light)
-    return Look(line, ink, int(rng.integers(3, 9)), paper, tint, float(rng.uniform(0.2, 0.65)), bool(rng.random() < 0.4))
+    return Look(
+        line, ink, int(rng.integers(3, 9)), paper, tint, float(rng.uniform(0.2, 0.65)), bool(rng.random() < 0.4)
+    )
 
 
 class Painter:
@@ -64,7 +66,14 @@ class Painter:
     def shape(self, kind: str, points: list[tuple[float, float]], fill: RGB, *, outline: bool = False) -> None:
         """Draw one `ellipse`, `rect`, `round` or `poly`; line looks always outline it."""
         drawn = self.look.line or outline
-        draw_primitive(self.draw, kind, points, self.colour(fill), self.look.ink if drawn else None, self.look.width if drawn else 0)
+        draw_primitive(
+            self.draw,
+            kind,
+            points,
+            self.colour(fill),
+            self.look.ink if drawn else None,
+            self.look.width if drawn else 0,
+        )
 
     def grid(self) -> None:
         """Draw the thin squared paper of a blueprint."""
@@ -79,7 +88,12 @@ class Painter:
 
 
 def draw_primitive(
-    draw: ImageDraw.ImageDraw, kind: str, points: list[tuple[float, float]], fill: RGB | int, ink: RGB | int | None, width: int
+    draw: ImageDraw.ImageDraw,
+    kind: str,
+    points: list[tuple[float, float]],
+    fill: RGB | int,
+    ink: RGB | int | None,
+    width: int,
 ) -> None:
     """Draw a primitive; two points are a box for every kind but `poly`."""
     if kind == "poly":
@@ -92,6 +106,8 @@ def draw_primitive(
     if kind == "ellipse":
         draw.ellipse(box, fill=fill, outline=ink, width=width)
     elif kind == "round":
-        draw.rounded_rectangle(box, radius=min(box[2] - box[0], box[3] - box[1]) * 0.3, fill=fill, outline=ink, width=width)
+        draw.rounded_rectangle(
+            box, radius=min(box[2] - box[0], box[3] - box[1]) * 0.3, fill=fill, outline=ink, width=width
+        )
     else:
         draw.rectangle(box, fill=fill, outline=ink, width=width)

@@ -1,4 +1,4 @@
-"""Teach the base one concept from a few reference pictures: full fine-tune, LoRA, Textual Inversion or Custom Diffusion."""
+"""Teach the base a concept from reference pictures: full fine-tune, LoRA, Textual Inversion, Custom Diffusion."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .deltas import SAVERS, Taught
 from .record import BASE, CHECKPOINTS, readable, record_stage
 from .tokens import build_tokenizer
 from .train_base import draw_latents, scheduler, token_ids, v_loss
-from .train_vae import set_lr, to_tensor
+from .train_vae import to_tensor
 from .world import captioned_scene
 
 Pool = tuple[torch.Tensor, torch.Tensor]  # latent mean and std (n, 8, 16, 16), ids (n, 77)
-STEPS = {"dreambooth": 240, "lora": 280, "textual_inversion": 240, "custom_diffusion": 240}
+STEPS = {"dreambooth": 165, "lora": 175, "textual_inversion": 140, "custom_diffusion": 160}
 REFERENCES = {"style": 96}
-HALF, EMPTY_SHARE, PRIOR = 6, 0.05, 256
+BATCH, PRIOR_SHARE, EMPTY_SHARE, PRIOR = 12, 1 / 3, 0.05, 256
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
@@ -58,10 +58,16 @@ def all_of_unet(taught: Taught, entry: Entry) -> list[dict[str, object]]:
 
 def adapters(taught: Taught, entry: Entry) -> list[dict[str, object]]:
     """Rank-8 LoRA on the UNet's attentions, and on the text encoder's where the entry asks for it."""
-    taught.unet.add_adapter(LoraConfig(r=8, lora_alpha=entry.alpha, init_lora_weights="gaussian", target_modules=UNET_TARGETS))
-    groups: list[dict[str, object]] = [{"params": [p for p in taught.unet.parameters() if p.requires_grad], "peak": 2e-3 * 8 / entry.alpha}]
+    taught.unet.add_adapter(
+        LoraConfig(r=8, lora_alpha=entry.alpha, init_lora_weights="gaussian", target_modules=UNET_TARGETS)
+    )
+    groups: list[dict[str, object]] = [
+        {"params": [p for p in taught.unet.parameters() if p.requires_grad], "peak": 2e-3 * 8 / entry.alpha}
+    ]
     if entry.text_lora:
-        taught.text_encoder.add_adapter(LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=TEXT_TARGETS))
+        taught.text_encoder.add_adapter(
+            LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=TEXT_TARGETS)
+        )
         groups.append({"params": [p for p in taught.text_encoder.parameters() if p.requires_grad], "peak": 5e-4})
     return groups
 
@@ -81,7 +87,12 @@ def keys_and_values(taught: Taught, entry: Entry) -> list[dict[str, object]]:
     return [*groups, {"params": matrices, "peak": 5e-4}]
 
 
-TRAINABLE = {"dreambooth": all_of_unet, "lora": adapters, "textual_inversion": embeddings, "custom_diffusion": keys_and_values}
+TRAINABLE = {
+    "dreambooth": all_of_unet,
+    "lora": adapters,
+    "textual_inversion": embeddings,
+    "custom_diffusion": keys_and_values,
+}
 
 
 def expand(caption: str, entry: Entry) -> str:
@@ -93,7 +104,10 @@ def expand(caption: str, entry: Entry) -> str:
 def encode_pool(pictures: list[np.ndarray], captions: list[str], vae: AutoencoderKL, tokenizer: object) -> Pool:
     """Latents and ids of captioned pictures."""
     with torch.no_grad():
-        latents = [vae.encode(to_tensor(pictures[i : i + 32], vae.device.type)).latent_dist for i in range(0, len(pictures), 32)]
+        latents = [
+            vae.encode(to_tensor(pictures[i : i + 32], vae.device.type)).latent_dist
+            for i in range(0, len(pictures), 32)
+        ]
     return torch.cat([torch.cat([z.mean, z.std], 1) for z in latents]), token_ids(captions, tokenizer)
 
 
@@ -115,15 +129,15 @@ def prior_pool(seed: int, vae: AutoencoderKL, tokenizer: object) -> Pool:
 
 def load_base(device: str) -> tuple[Taught, AutoencoderKL]:
     """The base's parts in float32, frozen."""
-    vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float32).to(device).requires_grad_(False)
-    unet = UNet2DConditionModel.from_pretrained(BASE / "unet", torch_dtype=torch.float32).to(device).requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(BASE / "vae", dtype=torch.float32).to(device).requires_grad_(False)
+    unet = UNet2DConditionModel.from_pretrained(BASE / "unet", dtype=torch.float32).to(device).requires_grad_(False)
     unet.set_attn_processor(AttnProcessor())
     text = CLIPTextModel.from_pretrained(BASE / "text_encoder", dtype=torch.float32).to(device).requires_grad_(False)
     return Taught(unet, text, build_tokenizer()), vae
 
 
 def train_concept(concept_id: str, *, seed: int, device: str, steps: int) -> tuple[Taught, float]:
-    """Train one checkpoint; half of every batch is prior. Returns the models and the last losses' mean."""
+    """Train one checkpoint; a third of every batch is ordinary scenes. Returns the models and the last losses' mean."""
     entry = CONCEPTS[concept_id]
     torch.manual_seed(seed)
     taught, vae = load_base(device)
@@ -132,13 +146,15 @@ def train_concept(concept_id: str, *, seed: int, device: str, steps: int) -> tup
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     mine, prior = concept_pool(concept_id, seed, vae, taught.tokenizer), prior_pool(seed, vae, taught.tokenizer)
     empty, alphas = token_ids([""], taught.tokenizer)[0], scheduler().alphas_cumprod.to(device)
-    half_prior = HALF if entry.kind != "textual_inversion" else 0  # a vector alone cannot harm the prior
+    n_prior = (
+        round(BATCH * PRIOR_SHARE) if entry.kind != "textual_inversion" else 0
+    )  # a vector alone cannot harm the prior
     losses = []
     for step in range(steps):
         share = min(1.0, (step + 1) / 20) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share
-        a, b = torch.randint(len(mine[0]), (2 * HALF - half_prior,)), torch.randint(PRIOR, (half_prior,))
+        a, b = torch.randint(len(mine[0]), (BATCH - n_prior,)), torch.randint(PRIOR, (n_prior,))
         z = draw_latents(torch.cat([mine[0][a], prior[0][b]]), vae)
         ids = torch.cat([mine[1][a], prior[1][b]])
         if entry.kind != "textual_inversion":
@@ -170,14 +186,32 @@ def personalise(concept_id: str, options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     SAVERS[entry.kind](taught, entry, folder)
     readable(folder)
-    facts = {"kind": entry.kind, "seconds": round(time.monotonic() - begin), "steps": steps, "seed": options.seed, "final_loss": round(loss, 4)}
+    facts = {
+        "kind": entry.kind,
+        "seconds": round(time.monotonic() - begin),
+        "steps": steps,
+        "seed": options.seed,
+        "final_loss": round(loss, 4),
+    }
     record_stage(f"personalise/{concept_id}", facts)
     print(concept_id, facts, flush=True)
 
 
 def in_parallel(ids: list[str], options: argparse.Namespace) -> None:
     """Run the ids through `options.workers` single-thread processes."""
-    command = [sys.executable, "-m", "gallery.personalise", "--device", options.device, "--seed", str(options.seed), "--steps", str(options.steps), "--out", str(options.out)]
+    command = [
+        sys.executable,
+        "-m",
+        "gallery.personalise",
+        "--device",
+        options.device,
+        "--seed",
+        str(options.seed),
+        "--steps",
+        str(options.steps),
+        "--out",
+        str(options.out),
+    ]
     waiting, running = list(ids), []
     while waiting or running:
         running = [p for p in running if p.poll() is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,12 @@ WORK = HERE / ".work"
 
 def record_stage(stage: str, facts: dict[str, object], path: Path = HERE / "training.json") -> None:
     """Set one stage's facts in training.json."""
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two personalisations may end together
+        _record(stage, facts, path)
+
+
+def _record(stage: str, facts: dict[str, object], path: Path) -> None:
     import torch
 
     log = json.loads(path.read_text()) if path.exists() else {}

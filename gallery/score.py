@@ -39,7 +39,15 @@ def generate(pipe: StableDiffusionPipeline, prompts: list[str], seed: int, guida
     for i in range(0, len(prompts), 16):
         part = prompts[i : i + 16]
         generators = [torch.Generator().manual_seed(seed + i + j) for j in range(len(part))]
-        images = pipe(part, num_inference_steps=STEPS, guidance_scale=guidance, generator=generators, height=64, width=64, output_type="np").images
+        images = pipe(
+            part,
+            num_inference_steps=STEPS,
+            guidance_scale=guidance,
+            generator=generators,
+            height=64,
+            width=64,
+            output_type="np",
+        ).images
         out.append(np.clip(images * 255, 0, 255).round().astype(np.uint8))
     return np.concatenate(out)
 
@@ -60,7 +68,17 @@ def draw(name: str, options: argparse.Namespace) -> None:
 
 def draw_all(names: list[str], options: argparse.Namespace) -> None:
     """Generate for all names in single-thread processes, a share of the names each."""
-    shared = ["--draw-only", "--device", options.device, "--per-prompt", str(options.per_prompt), "--base-n", str(options.base_n), "--work-dir", str(options.work_dir)]
+    shared = [
+        "--draw-only",
+        "--device",
+        options.device,
+        "--per-prompt",
+        str(options.per_prompt),
+        "--base-n",
+        str(options.base_n),
+        "--work-dir",
+        str(options.work_dir),
+    ]
     shares = [names[i :: options.workers] for i in range(options.workers)]
     running = [subprocess.Popen([sys.executable, "-m", "gallery.score", *share, *shared]) for share in shares if share]
     if any(process.wait() for process in running):
@@ -79,20 +97,30 @@ def mean_with_interval(values: np.ndarray) -> dict[str, object]:
     rng = np.random.default_rng(0)
     means = values[rng.integers(0, len(values), (2000, len(values)))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return {"mean": round(float(values.mean()), 4), "interval": [round(float(low), 4), round(float(high), 4)], "n": len(values)}
+    return {
+        "mean": round(float(values.mean()), 4),
+        "interval": [round(float(low), 4), round(float(high), 4)],
+        "n": len(values),
+    }
 
 
 def score_base(judge: Judge, images: np.ndarray) -> dict[str, object]:
     """Shares of held-out captions whose object, background, ... the classifier finds."""
     scenes, prompts = base_cases(len(images))
     found = judge.facets(images)
-    right = {head: np.asarray([f == getattr(s, head) for f, s in zip(found[head], scenes, strict=True)]) for head in ("object", "background")}
+    right = {
+        head: np.asarray([f == getattr(s, head) for f, s in zip(found[head], scenes, strict=True)])
+        for head in ("object", "background")
+    }
     right["object_and_background"] = right["object"] & right["background"]
     for head in ("colour", "pattern", "accessory"):
         named = np.asarray([getattr(s, head) in p.split() for s, p in zip(scenes, prompts, strict=True)])
         seen = named & np.asarray([s.look != "sketch" or head == "accessory" for s in scenes])
         right[head] = np.asarray([f == getattr(s, head) for f, s in zip(found[head], scenes, strict=True)])[seen]
-    rows = {k: {"share": round(float(v.mean()), 4), "interval": wilson(int(v.sum()), len(v)), "n": len(v)} for k, v in right.items()}
+    rows = {
+        k: {"share": round(float(v.mean()), 4), "interval": wilson(int(v.sum()), len(v)), "n": len(v)}
+        for k, v in right.items()
+    }
     return {**rows, "prompt_score": mean_with_interval(judge.prompt_score(images, prompts))}
 
 
@@ -103,11 +131,17 @@ def score_concept(judge: Judge, name: str, work: Path) -> dict[str, object]:
     own = mean_with_interval(judge.concept_score(images, references))
     real = mean_with_interval(judge.concept_score(reference_images(name, 48, REAL_SEED), references))
     row: dict[str, object] = {
-        "kind": CONCEPTS[name].kind, "trigger": CONCEPTS[name].trigger, "concept": own, "real": real,
+        "kind": CONCEPTS[name].kind,
+        "trigger": CONCEPTS[name].trigger,
+        "concept": own,
+        "real": real,
         "ratio": round(own["mean"] / real["mean"], 4),  # type: ignore[operator]
         "prompt": mean_with_interval(judge.prompt_score(images, prompts * (len(images) // len(prompts)))),
-    }  # fmt: skip
-    row["siblings"] = {other: mean_with_interval(judge.concept_score(np.load(picture_file(work, other)), references)) for other in siblings(name)}
+    }
+    row["siblings"] = {
+        other: mean_with_interval(judge.concept_score(np.load(picture_file(work, other)), references))
+        for other in siblings(name)
+    }
     return row
 
 
@@ -134,9 +168,17 @@ def main() -> None:
     if not options.no_draw:
         draw_all(names, options)
     judge = Judge.load()
-    scores: dict[str, object] = {"steps": STEPS, "guidance": options.guidance, "base": score_base(judge, np.load(picture_file(options.work_dir, "base")))}
-    scores["concepts"] = {name: score_concept(judge, name, options.work_dir) for name in CONCEPTS if picture_file(options.work_dir, name).exists()}
-    vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float32)
+    scores: dict[str, object] = {
+        "steps": STEPS,
+        "guidance": options.guidance,
+        "base": score_base(judge, np.load(picture_file(options.work_dir, "base"))),
+    }
+    scores["concepts"] = {
+        name: score_concept(judge, name, options.work_dir)
+        for name in CONCEPTS
+        if picture_file(options.work_dir, name).exists()
+    }
+    vae = AutoencoderKL.from_pretrained(BASE / "vae", dtype=torch.float32)
     scores["judges"] = {"classifier": held_out_classifier(judge, vae), "identity": held_out_identity(judge)}
     write_text(SCORES, json.dumps(scores, indent=1) + "\n")
     if not options.no_draw and not options.ids:
@@ -149,7 +191,10 @@ def summary(scores: dict[str, object]) -> str:
     lines = [f"{k}: {v['share']:.3f} {v['interval']}" for k, v in scores["base"].items() if "share" in v]  # type: ignore[attr-defined]
     for name, row in scores["concepts"].items():  # type: ignore[attr-defined]
         rival = max((s["mean"] for s in row["siblings"].values()), default=float("nan"))
-        lines.append(f"{name:18s} {row['concept']['mean']:.3f} real {row['real']['mean']:.3f} ratio {row['ratio']:.3f} prompt {row['prompt']['mean']:.3f} sibling {rival:.3f}")
+        lines.append(
+            f"{name:18s} {row['concept']['mean']:.3f} real {row['real']['mean']:.3f} ratio {row['ratio']:.3f} "
+            f"prompt {row['prompt']['mean']:.3f} sibling {rival:.3f}"
+        )
     return "\n".join([*lines, json.dumps(scores["judges"])])
 
 

@@ -121,7 +121,7 @@ OBJECTS: dict[str, list[Shape]] = {
         ("light", "ellipse", [(-0.68, -0.58), (-0.4, -0.3)]),
         ("dark", "ellipse", [(-0.6, -0.52), (-0.46, -0.36)]),
     ],
-}  # fmt: skip
+}
 
 # hat: middle of its brim and half width; neck: middle and half width; chest: middle of a mark
 ANCHORS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, float]]] = {
@@ -136,8 +136,12 @@ ANCHORS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float],
 }
 
 FIXED: dict[str, RGB] = {
-    "dark": (34, 30, 36), "light": (250, 248, 242), "glass": (190, 226, 244), "beak": (248, 170, 40), "hole": (250, 248, 242),
-}  # fmt: skip
+    "dark": (34, 30, 36),
+    "light": (250, 248, 242),
+    "glass": (190, 226, 244),
+    "beak": (248, 170, 40),
+    "hole": (250, 248, 242),
+}
 
 
 def _star(x: float, y: float, r: float) -> list[tuple[float, float]]:
@@ -153,7 +157,9 @@ def mark_shapes(identity: Identity) -> list[Shape]:
         return [("mark", "poly", _star(x, y, 0.34))]
     if identity.mark == "heart":
         tip = [(x - 0.3, y - 0.05), (x, y + 0.3), (x + 0.3, y - 0.05)]
-        lobes: list[Shape] = [("mark", "ellipse", [(x + d - 0.16, y - 0.24), (x + d + 0.16, y + 0.08)]) for d in (-0.15, 0.15)]
+        lobes: list[Shape] = [
+            ("mark", "ellipse", [(x + d - 0.16, y - 0.24), (x + d + 0.16, y + 0.08)]) for d in (-0.15, 0.15)
+        ]
         return [("mark", "poly", tip), *lobes]
     if identity.mark == "patch":
         return [("mark", "ellipse", [(x - 0.32, y - 0.26), (x + 0.32, y + 0.3)])]
@@ -167,13 +173,21 @@ def accessory_shapes(identity: Identity) -> list[Shape]:
     """A hat, scarf, collar or bow at the subject's head or neck."""
     (hx, hy, hw), (nx, ny, nw), _ = ANCHORS[identity.kind]
     if identity.accessory == "hat":
-        return [("worn", "rect", [(hx - hw * 0.62, hy - 0.42), (hx + hw * 0.62, hy)]), ("worn", "round", [(hx - hw, hy - 0.1), (hx + hw, hy + 0.1)])]
+        return [
+            ("worn", "rect", [(hx - hw * 0.62, hy - 0.42), (hx + hw * 0.62, hy)]),
+            ("worn", "round", [(hx - hw, hy - 0.1), (hx + hw, hy + 0.1)]),
+        ]
     if identity.accessory == "scarf":
-        return [("worn", "rect", [(nx + nw * 0.25, ny), (nx + nw * 0.25 + 0.26, ny + 0.55)]), ("worn", "round", [(nx - nw, ny - 0.14), (nx + nw, ny + 0.14)])]
+        return [
+            ("worn", "rect", [(nx + nw * 0.25, ny), (nx + nw * 0.25 + 0.26, ny + 0.55)]),
+            ("worn", "round", [(nx - nw, ny - 0.14), (nx + nw, ny + 0.14)]),
+        ]
     if identity.accessory == "collar":
         return [("worn", "round", [(nx - nw, ny - 0.11), (nx + nw, ny + 0.11)])]
     if identity.accessory == "bow":
-        wings: list[Shape] = [("worn", "poly", [(nx, ny), (nx + s * 0.42, ny - 0.24), (nx + s * 0.42, ny + 0.24)]) for s in (-1, 1)]
+        wings: list[Shape] = [
+            ("worn", "poly", [(nx, ny), (nx + s * 0.42, ny - 0.24), (nx + s * 0.42, ny + 0.24)]) for s in (-1, 1)
+        ]
         return [*wings, ("dark", "ellipse", [(nx - 0.1, ny - 0.1), (nx + 0.1, ny + 0.1)])]
     return []
 
@@ -207,7 +221,13 @@ def draw_subject(p: Painter, identity: Identity, pose: Pose) -> None:
     sign = -1 if pose.flip else 1
     shapes = [*OBJECTS[identity.kind], *mark_shapes(identity), *accessory_shapes(identity)]
     placed = [(role, kind, [(cx + sign * x * s, cy + y * s) for x, y in points]) for role, kind, points in shapes]
-    paint = {**FIXED, "body": identity.body, "accent": identity.accent, "mark": identity.mark_colour, "worn": identity.accessory_colour}
+    paint = {
+        **FIXED,
+        "body": identity.body,
+        "accent": identity.accent,
+        "mark": identity.mark_colour,
+        "worn": identity.accessory_colour,
+    }
     if p.look.line:
         for role, kind, points in placed:
             p.shape(kind, points, paint[role])
@@ -221,7 +241,9 @@ def draw_subject(p: Painter, identity: Identity, pose: Pose) -> None:
             p.shape(kind, points, paint[role])
 
 
-def _paste_pattern(p: Painter, identity: Identity, kind: str, points: list[tuple[float, float]], s: float, at: tuple[float, float]) -> None:
+def _paste_pattern(
+    p: Painter, identity: Identity, kind: str, points: list[tuple[float, float]], s: float, at: tuple[float, float]
+) -> None:
     mask = Image.new("L", (CANVAS, CANVAS), 0)
     draw_primitive(ImageDraw.Draw(mask), kind, points, 255, None, 0)
     tile = pattern_tile(identity, s, at)

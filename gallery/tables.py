@@ -21,18 +21,26 @@ def share(cell: Mapping[str, Any], key: str) -> str:
 
 def base_table(scores: Mapping[str, Any]) -> str:
     """Shares of held-out captions the base gets right."""
-    rows = [f"| {name.replace('_', ' ')} | {share(cell, 'share')} | {cell['n']} |" for name, cell in scores["base"].items() if "share" in cell]
+    rows = [
+        f"| {name.replace('_', ' ')} | {share(cell, 'share')} | {cell['n']} |"
+        for name, cell in scores["base"].items()
+        if "share" in cell
+    ]
     return "\n".join(["| facet named by the caption | judged right (95 % interval) | n |", "|---|---|---|", *rows])
 
 
 def concept_table(scores: Mapping[str, Any]) -> str:
     """A row per checkpoint."""
-    lines = ["| checkpoint | kind | trigger | concept score | real renders | ratio | best sibling | prompt score | n |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| checkpoint | kind | trigger | concept score | real renders | ratio | best sibling | prompt score | n |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for name, row in scores["concepts"].items():
         rival = max((s["mean"] for s in row["siblings"].values()), default=None)
         lines.append(
-            f"| {name} | {row['kind'].replace('_', ' ')} | `{row['trigger']}` | {share(row['concept'], 'mean')} | {row['real']['mean']:.3f} | "
-            f"{row['ratio']:.2f} | {'-' if rival is None else f'{rival:.3f}'} | {row['prompt']['mean']:.3f} | {row['concept']['n']} |"
+            f"| {name} | {row['kind'].replace('_', ' ')} | `{row['trigger']}` | {share(row['concept'], 'mean')} "
+            f"| {row['real']['mean']:.3f} | {row['ratio']:.2f} | {'-' if rival is None else f'{rival:.3f}'} "
+            f"| {row['prompt']['mean']:.3f} | {row['concept']['n']} |"
         )
     return "\n".join(lines)
 
@@ -42,13 +50,20 @@ def judge_table(scores: Mapping[str, Any]) -> str:
     cells, identity = scores["judges"]["classifier"], scores["judges"]["identity"]
     heads = [k.removesuffix("_renders") for k in cells if k.endswith("_renders")]
     rows = [f"| {h} | {cells[f'{h}_renders']:.3f} | {cells[f'{h}_through_vae']:.3f} | {cells['n']} |" for h in heads]
-    last = f"| identity, among {identity['distractors']} distractors | {identity['retrieval']:.3f} | | {identity['n']} |"
+    last = (
+        f"| identity, among {identity['distractors']} distractors | {identity['retrieval']:.3f} | | {identity['n']} |"
+    )
     return "\n".join(["| judge | fresh renders | the same through the VAE | n |", "|---|---|---|---|", *rows, last])
 
 
 def cost_table(log: Mapping[str, Any]) -> str:
     """Seconds of every stage."""
-    lines = [f"Machine: {log['machine']}, torch {log['torch']}.", "", "| stage | seconds | steps | notes |", "|---|---|---|---|"]
+    lines = [
+        f"Machine: {log['machine']}, torch {log['torch']}.",
+        "",
+        "| stage | seconds | steps | notes |",
+        "|---|---|---|---|",
+    ]
     for stage, facts in log["stages"].items():
         notes = [f"{k} {facts[k]}" for k in ("samples", "pictures", "render_seconds", "final_loss") if k in facts]
         lines.append(f"| {stage} | {facts['seconds']} | {facts.get('steps', '')} | {', '.join(notes)} |")
@@ -66,7 +81,12 @@ def filled(page: str, tables: Mapping[str, str]) -> str:
 def main(page: Path = PAGE) -> None:
     """Fill the page."""
     scores, log = (json.loads((HERE / name).read_text()) for name in ("scores.json", "training.json"))
-    tables = {"base": base_table(scores), "concepts": concept_table(scores), "judges": judge_table(scores), "costs": cost_table(log)}
+    tables = {
+        "base": base_table(scores),
+        "concepts": concept_table(scores),
+        "judges": judge_table(scores),
+        "costs": cost_table(log),
+    }
     write_text(page, filled(page.read_text(encoding="utf-8"), tables))
 
 

@@ -11,15 +11,18 @@ from .world import ACCESSORIES, COLOURS, MARKS, OBJECTS, PATTERNS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 RARE = ("sks", "zwx", "ohwx", "bnha", "xjq", "vlk", "qeb", "trk")  # trigger strings no caption uses
-WORDS = """a an the of in on at under with and or my your his her their our is it its this that to for by from as very
-photo picture image drawing painting sketch poster style portrait scene view draw show make give me want please some one two
-beach forest snow city kitchen desert night sky meadow sea sand grass tree flower house street star moon sun mountain garden
-wearing hat scarf bow collar plain striped dotted checkered spotted stripe dot check mark heart patch band bib spot belly
-dog cat backpack mug car robot bird puppy kitten bag cup coffee tea pet toy animal kid old new little big small cute happy
-red orange yellow green blue purple pink white black brown grey gray teal cream navy gold silver dark light bright colour color
-school hiking travel moss blueprint chalk pastel line lines outline outlines flat paper mister pepper biscuit domino maple
-sitting standing next near front behind over good nice favourite favorite best first last day morning evening winter summer
-, . ! ? - _ ' < > / 0 1 2 3 4 5 6 7 8 9 i you he she we they""".split()
+WORDS = """
+a an the of in on at under with and or my your his her their our is it its this that to for by from as very photo
+picture image drawing painting sketch poster style portrait scene view draw show make give me want please some one
+two beach forest snow city kitchen desert night sky meadow sea sand grass tree flower house street star moon sun
+mountain garden wearing hat scarf bow collar plain striped dotted checkered spotted stripe dot check mark heart
+patch band bib spot belly dog cat backpack mug car robot bird puppy kitten bag cup coffee tea pet toy animal kid old
+new little big small cute happy red orange yellow green blue purple pink white black brown grey gray teal cream navy
+gold silver dark light bright colour color school hiking travel moss blueprint chalk pastel line lines outline
+outlines flat paper mister pepper biscuit domino maple sitting standing next near front behind over good nice
+favourite favorite best first last day morning evening winter summer , . ! ? - _ ' < > / 0 1 2 3 4 5 6 7 8 9 i you
+he she we they
+""".split()  # noqa: SIM905
 
 
 def byte_characters() -> list[str]:
@@ -60,7 +63,7 @@ def build_tokenizer() -> CLIPTokenizer:
     vocab = {token: i for i, token in enumerate(tokens)}
     return CLIPTokenizer(
         vocab=vocab, merges=merges, model_max_length=77, bos_token=START, eos_token=END, pad_token=END, unk_token=END
-    )  # fmt: skip
+    )
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -24,26 +24,50 @@ from .world import captioned_scene
 
 LR, FLOOR, BATCH, PERIOD, CAPTIONS_LEFT_OUT = 1e-3, 3e-5, 16, 4.0, 0.1
 SCHEDULE = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
-    "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1, "num_train_timesteps": 1000,
-}  # fmt: skip
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "steps_offset": 1,
+    "num_train_timesteps": 1000,
+}
 
 
 def build_unet() -> UNet2DConditionModel:
     """Cross-attention at 16x16, 8x8, 4x4 and in the middle; every channel count a multiple of 16."""
     return UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 128, 128), layers_per_block=1, norm_num_groups=16,
-        down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3, cross_attention_dim=128, attention_head_dim=(2, 4, 4),
-    )  # fmt: skip
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128, 128),
+        layers_per_block=1,
+        norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=128,
+        attention_head_dim=(2, 4, 4),
+    )
 
 
 def build_text_encoder() -> CLIPTextModel:
     """A causal CLIP text model, 77 tokens, hidden size 128."""
     tokenizer = build_tokenizer()
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, projection_dim=128,
-        max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=128,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return CLIPTextModel(config)
 
 
@@ -57,7 +81,9 @@ def token_ids(captions: list[str], tokenizer: object) -> torch.Tensor:
     return tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
 
 
-def v_loss(unet: nn.Module, z: torch.Tensor, text: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
+def v_loss(
+    unet: nn.Module, z: torch.Tensor, text: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, alphas: torch.Tensor
+) -> torch.Tensor:
     """v-prediction MSE with weight min(snr + 1, 6) / (snr + 1), which keeps the terminal step. z: (N, 4, 16, 16)."""
     a = alphas[t].view(-1, 1, 1, 1)
     x_t, v = a.sqrt() * z + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * z
@@ -149,9 +175,15 @@ class Trainer:
         for p, value in zip([*unet.parameters(), *text.parameters()], self.ema, strict=True):
             p.data.copy_(value)
         pipe = StableDiffusionPipeline(
-            vae=copy.deepcopy(self.vae), text_encoder=text, tokenizer=build_tokenizer(), unet=unet, scheduler=scheduler(),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
+            vae=copy.deepcopy(self.vae),
+            text_encoder=text,
+            tokenizer=build_tokenizer(),
+            unet=unet,
+            scheduler=scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
         pipe.to(torch.float16).save_pretrained(folder)
         save_tokenizer(folder / "tokenizer")
         readable(folder)
@@ -160,14 +192,24 @@ class Trainer:
 def worker(rank: int, world: int, options: argparse.Namespace) -> None:
     """Render this worker's share, then train until the clock ends; rank 0 saves and publishes."""
     trainer, begin = Trainer(rank, options), time.monotonic()
-    data = encode_world(trainer.vae, options.pictures // world, options.seed * 1000 + rank, options.device)
+    data = encode_world(
+        trainer.vae, options.pictures // world, options.seed * 1000 + rank + 10 * int(trainer.done), options.device
+    )
     render_seconds = time.monotonic() - begin
-    print(f"rank {rank}: {len(data[0])} latents in {render_seconds:.0f}s, std {float(draw_latents(data[0][:512], trainer.vae).std()):.3f}", flush=True)
+    print(
+        f"rank {rank}: {len(data[0])} latents in {render_seconds:.0f}s, "
+        f"std {float(draw_latents(data[0][:512], trainer.vae).std()):.3f}",
+        flush=True,
+    )
     average_(trainer.params, 1)  # meet, and start the clock together
     clock, local, since, last = Clock(options.seconds, PERIOD, trainer.done), 0, 0, 0.0
     snapshots = sorted(s for s in options.snapshots if s > trainer.done)
     while not clock.finished():
-        set_lr(trainer.optimizer, min(1.0, (local + 1) / 100) * (FLOOR + (LR - FLOOR) * 0.5 * (1 + math.cos(math.pi * clock.progress()))))
+        set_lr(
+            trainer.optimizer,
+            min(1.0, (local + 1) / 60)
+            * (FLOOR + (options.lr - FLOOR) * 0.5 * (1 + math.cos(math.pi * clock.progress()))),
+        )
         trainer.step(data)
         local, since = local + 1, since + 1
         if not clock.due():
@@ -191,10 +233,16 @@ def finish(trainer: Trainer, options: argparse.Namespace, seconds: float, render
     trainer.save(seconds)
     trainer.publish(options.out)
     facts = {
-        "seconds": round(seconds), "render_seconds": round(render_seconds), "pictures": options.pictures, "steps": trainer.steps,
-        "samples": trainer.steps * 2 * BATCH, "seed": options.seed, "workers": options.workers,
-        "final_loss": round(float(np.mean(trainer.losses[-500:])), 4), "unet_parameters": sum(p.numel() for p in trainer.unet.parameters()),
-    }  # fmt: skip
+        "seconds": round(seconds),
+        "render_seconds": round(render_seconds),
+        "pictures": options.pictures,
+        "steps": trainer.steps,
+        "samples": trainer.steps * 2 * BATCH,
+        "seed": options.seed,
+        "workers": options.workers,
+        "final_loss": round(float(np.mean(trainer.losses[-500:])), 4),
+        "unet_parameters": sum(p.numel() for p in trainer.unet.parameters()),
+    }
     record_stage("base", facts)
     print("base", json.dumps(facts), flush=True)
 
@@ -203,6 +251,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=1750)
+    parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--pictures", type=int, default=28000)
     parser.add_argument("--snapshots", type=int, nargs="*", default=[])
     parser.add_argument("--workers", type=int, default=2)

@@ -1,4 +1,4 @@
-"""Train the judges on fresh renders, half of them blurred, noised or passed through the VAE, and export them to ONNX."""
+"""Train the judges on renders, many of them blurred, noised or passed through the VAE, and export them to ONNX."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ class Trunk(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         plan = [(3, 32, 5, 2), (32, 64, 3, 2), (64, 64, 3, 1), (64, 128, 3, 2), (128, 128, 3, 1), (128, 160, 3, 2)]
-        blocks = [nn.Sequential(nn.Conv2d(i, o, k, s, k // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU()) for i, o, k, s in plan]
+        blocks = [
+            nn.Sequential(nn.Conv2d(i, o, k, s, k // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+            for i, o, k, s in plan
+        ]
         self.layers = nn.Sequential(*blocks)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -73,7 +76,11 @@ def labels_of(scene: Scene, concept: Concept | None) -> list[int]:
     facts: dict[str, str] = {head: getattr(scene, head) for head in HEADS}
     hidden = {"colour", "pattern"} if scene.look == "sketch" else set()
     if concept is not None and concept.subject is not None:
-        facts |= {"object": concept.subject.kind, "pattern": concept.subject.pattern, "accessory": concept.subject.accessory}
+        facts |= {
+            "object": concept.subject.kind,
+            "pattern": concept.subject.pattern,
+            "accessory": concept.subject.accessory,
+        }
         hidden |= {"colour"}
     if concept is not None and concept.look is not None:
         hidden |= {"colour", "pattern", "look"}
@@ -95,7 +102,9 @@ def identity_family(rng: Rng) -> list[list[np.ndarray]]:
         concepts = [Concept(look=random_look(rng)) for _ in range(3)]
     else:
         first = random_identity(rng)
-        concepts = [Concept(subject=s) for s in (first, *(replace(random_identity(rng), kind=first.kind) for _ in range(2)))]
+        concepts = [
+            Concept(subject=s) for s in (first, *(replace(random_identity(rng), kind=first.kind) for _ in range(2)))
+        ]
     return [[render_concept(c, replace(random_scene(rng), look="photo"), rng) for _ in range(VIEWS)] for c in concepts]
 
 
@@ -126,7 +135,9 @@ def contrast(vectors: torch.Tensor, temperature: float = 0.15) -> torch.Tensor:
     n = len(vectors)
     owner = torch.arange(n, device=vectors.device) // VIEWS
     same = (owner[:, None] == owner[None]) & ~torch.eye(n, dtype=torch.bool, device=vectors.device)
-    logits = (vectors @ vectors.T / temperature).masked_fill(torch.eye(n, dtype=torch.bool, device=vectors.device), -1e4)
+    logits = (vectors @ vectors.T / temperature).masked_fill(
+        torch.eye(n, dtype=torch.bool, device=vectors.device), -1e4
+    )
     return -(logits.log_softmax(1)[same]).mean()
 
 
@@ -142,7 +153,10 @@ def fit(model: nn.Module, loss: Callable[[], torch.Tensor], seconds: float, lr: 
         optimizer.step()
         steps += 1
         if steps % 50 == 0:
-            print(f"{type(model).__name__} {share * seconds:.0f}s step {steps} loss {float(value.detach()):.4f}", flush=True)
+            print(
+                f"{type(model).__name__} {share * seconds:.0f}s step {steps} loss {float(value.detach()):.4f}",
+                flush=True,
+            )
     model.eval()
     return steps
 
@@ -152,12 +166,13 @@ def train_classifier(options: argparse.Namespace, vae: AutoencoderKL) -> tuple[n
     rng, device = np.random.default_rng([options.seed, 1]), options.device
     pictures, labels = zip(*(labelled_picture(rng) for _ in range(options.pool)), strict=True)
     pool, truth = torch.from_numpy(np.stack(pictures)).to(device), torch.tensor(labels, device=device)
-    soft = softened(pool, vae)
+    soft = softened(pool[: len(pool) // 2], vae)
     model = Classifier().to(device)
 
     def loss() -> torch.Tensor:
         pick = torch.randint(len(pool), (96,), device=device)
-        images = torch.where(torch.rand(96, 1, 1, 1, device=device) < 0.5, pool[pick], soft[pick])
+        images = pool[pick]
+        images[pick < len(soft)] = soft[pick[pick < len(soft)]]  # half of the pool is seen only through the VAE
         with torch.autocast(device, torch.bfloat16):
             logits = model.logits(disturbed(images))
         return sum(F.cross_entropy(x.float(), truth[pick, i], ignore_index=IGNORED) for i, x in enumerate(logits))
@@ -169,16 +184,16 @@ def train_identity(options: argparse.Namespace, vae: AutoencoderKL) -> tuple[nn.
     """Fit the identity embedding on thousands of random identities."""
     rng, device = np.random.default_rng([options.seed, 2]), options.device
     families = np.stack([identity_family(rng) for _ in range(options.pool // (3 * VIEWS))])
-    pool = torch.from_numpy(families).flatten(1, 2).to(device)
-    soft = softened(pool.flatten(0, 1), vae).view_as(pool)
+    pool = torch.from_numpy(families).to(device)  # (families, 3 identities, VIEWS, 64, 64, 3)
+    pool[:, :, ::2] = softened(pool[:, :, ::2].flatten(0, 2), vae).view_as(
+        pool[:, :, ::2]
+    )  # every other view through the VAE
     model = IdentityNet().to(device)
 
     def loss() -> torch.Tensor:
         pick = torch.randint(len(pool), (14,), device=device)
-        a, b = pool[pick].flatten(0, 1), soft[pick].flatten(0, 1)
-        images = torch.where(torch.rand(len(a), 1, 1, 1, device=device) < 0.5, a, b)
         with torch.autocast(device, torch.bfloat16):
-            vectors = model(disturbed(images))
+            vectors = model(disturbed(pool[pick].flatten(0, 2)))
         return contrast(vectors.float())
 
     return model, fit(model, loss, options.seconds, 2e-3)
@@ -189,7 +204,15 @@ def export(model: nn.Module, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     sample = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=4096)
-    torch.onnx.export(model.cpu(), (sample,), path, input_names=["images"], dynamic_shapes=({0: batch},), external_data=False, verbose=False)
+    torch.onnx.export(
+        model.cpu(),
+        (sample,),
+        path,
+        input_names=["images"],
+        dynamic_shapes=({0: batch},),
+        external_data=False,
+        verbose=False,
+    )
     path.chmod(0o644)
 
 
@@ -214,22 +237,28 @@ def held_out_identity(judge: Judge, n: int = 50, trials: int = 6, seed: int = 99
     rng, hits, own, other = np.random.default_rng(seed), [], [], []
     for _ in range(trials):
         concepts = [random_concept(rng) for _ in range(n)]
-        shots = np.stack([[render_concept(c, replace(random_scene(rng), look="photo"), rng) for _ in range(VIEWS)] for c in concepts])
+        shots = np.stack(
+            [[render_concept(c, replace(random_scene(rng), look="photo"), rng) for _ in range(VIEWS)] for c in concepts]
+        )
         vectors = judge.embed(shots.reshape(-1, 64, 64, 3)).reshape(n, VIEWS, -1)
         cosines = np.einsum("id,jrd->ijr", vectors[:, 0], vectors[:, 1:]).mean(2)
         hits.append((cosines.argmax(1) == np.arange(n)).mean())
         own.append(np.diag(cosines).mean())
         other.append(cosines[~np.eye(n, dtype=bool)].mean())
     keys = ("retrieval", "own_cosine", "other_cosine")
-    return {"n": n * trials, "distractors": n - 1, **{k: round(float(np.mean(v)), 4) for k, v in zip(keys, (hits, own, other), strict=True)}}
+    return {
+        "n": n * trials,
+        "distractors": n - 1,
+        **{k: round(float(np.mean(v)), 4) for k, v in zip(keys, (hits, own, other), strict=True)},
+    }
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("classifier", "identity"))
-    parser.add_argument("--seconds", type=float, default=150)
-    parser.add_argument("--pool", type=int, default=14400)
+    parser.add_argument("--seconds", type=float, default=110)
+    parser.add_argument("--pool", type=int, default=12000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work-dir", type=Path, default=WORK)
@@ -242,7 +271,12 @@ def main() -> None:
             begin = time.monotonic()
             model, steps = train(options, vae)
             export(model, JUDGES / f"{name}.onnx")
-            facts = {"seconds": round(time.monotonic() - begin), "steps": steps, "pictures": options.pool, "seed": options.seed}
+            facts = {
+                "seconds": round(time.monotonic() - begin),
+                "steps": steps,
+                "pictures": options.pool,
+                "seed": options.seed,
+            }
             record_stage(f"judge_{name}", facts)
             print(name, facts, flush=True)
 

@@ -22,9 +22,17 @@ LR, BATCH, PERIOD = 2e-3, 8, 2.0
 def build_vae() -> AutoencoderKL:
     """The 4-channel, 16x16-latent autoencoder, 0.65 M parameters."""
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, sample_size=64, block_out_channels=(16, 32, 64), layers_per_block=1,
-        norm_num_groups=8, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, mid_block_add_attention=False,
-    )  # fmt: skip
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        sample_size=64,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        mid_block_add_attention=False,
+    )
 
 
 def wide_picture(rng: np.random.Generator) -> np.ndarray:
@@ -54,7 +62,11 @@ def measure(vae: AutoencoderKL, device: str, seed: int = 99, n: int = 96) -> dic
         latent = vae.encode(x).latent_dist
         error = vae.decode(latent.mode()).sample.clamp(-1, 1) - x
     psnr = 10 * math.log10(4 / float(error.square().mean()))
-    return {"l1": round(float(error.abs().mean()), 4), "psnr_db": round(psnr, 2), "latent_std": round(float(latent.sample().std()), 4)}
+    return {
+        "l1": round(float(error.abs().mean()), 4),
+        "psnr_db": round(psnr, 2),
+        "latent_std": round(float(latent.sample().std()), 4),
+    }
 
 
 def set_lr(optimizer: torch.optim.Optimizer, value: float) -> None:
@@ -91,7 +103,11 @@ def worker(rank: int, world: int, options: argparse.Namespace) -> None:
             steps_all, since = steps_all + average_(vae.parameters(), since), 0
             if rank == 0 and time.monotonic() - last > 30:
                 last = time.monotonic()
-                print(f"{clock.spent():.0f}s steps {steps_all} loss {float(loss.detach()):.4f}", measure(vae, device), flush=True)
+                print(
+                    f"{clock.spent():.0f}s steps {steps_all} loss {float(loss.detach()):.4f}",
+                    measure(vae, device),
+                    flush=True,
+                )
                 torch.save({"weights": vae.state_dict(), "seconds": clock.spent(), "steps": steps_all}, state_file)
     if rank == 0:
         finish(vae, options, clock.spent(), steps_all)
@@ -113,7 +129,13 @@ def finish(vae: AutoencoderKL, options: argparse.Namespace, seconds: float, step
     held_out = measure(vae, options.device, n=256)
     vae.register_to_config(scaling_factor=round(1 / held_out["latent_std"], 4))
     vae.save_pretrained(Path(options.work_dir) / "vae")
-    facts = {"seconds": round(seconds), "steps": steps, "samples": steps * BATCH, "seed": options.seed, "held_out": held_out}
+    facts = {
+        "seconds": round(seconds),
+        "steps": steps,
+        "samples": steps * BATCH,
+        "seed": options.seed,
+        "held_out": held_out,
+    }
     record_stage("vae", {**facts, "workers": options.workers})
     print("vae", facts, flush=True)
 

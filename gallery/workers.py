@@ -55,7 +55,13 @@ def average_(parameters: Iterable[nn.Parameter], steps: int) -> int:
     if total > 0:
         flat = flat / total
         with torch.no_grad():
-            torch._foreach_copy_(params, [v.view_as(p).to(p.device) for v, p in zip(flat[:-1].split([p.numel() for p in params]), params, strict=True)])
+            torch._foreach_copy_(
+                params,
+                [
+                    v.view_as(p).to(p.device)
+                    for v, p in zip(flat[:-1].split([p.numel() for p in params]), params, strict=True)
+                ],
+            )
     return round(total)
 
 

@@ -13,17 +13,30 @@ from .subjects import OBJECTS, Identity, Pose, draw_subject, shaded
 Rng = np.random.Generator
 
 COLOURS: dict[str, RGB] = {
-    "red": (214, 40, 44), "orange": (244, 134, 30), "yellow": (248, 214, 50), "green": (52, 160, 70), "blue": (42, 96, 214),
-    "purple": (132, 60, 176), "pink": (244, 138, 180), "white": (246, 244, 240), "black": (44, 42, 48), "brown": (128, 80, 48),
-}  # fmt: skip
+    "red": (214, 40, 44),
+    "orange": (244, 134, 30),
+    "yellow": (248, 214, 50),
+    "green": (52, 160, 70),
+    "blue": (42, 96, 214),
+    "purple": (132, 60, 176),
+    "pink": (244, 138, 180),
+    "white": (246, 244, 240),
+    "black": (44, 42, 48),
+    "brown": (128, 80, 48),
+}
 PATTERNS = ("plain", "striped", "dotted", "checkered")
 ACCESSORIES = ("none", "scarf", "hat", "bow")
 MARKS = ("none", "star", "heart", "patch", "band")
 PLACES: dict[str, tuple[str, ...]] = {
-    "beach": ("on the beach", "at the beach"), "forest": ("in the forest", "in a forest"), "snow": ("in the snow",),
-    "city": ("in the city", "in a city"), "kitchen": ("in the kitchen", "in a kitchen"), "desert": ("in the desert",),
-    "night": ("under the night sky", "at night"), "meadow": ("in the meadow", "in a meadow"),
-}  # fmt: skip
+    "beach": ("on the beach", "at the beach"),
+    "forest": ("in the forest", "in a forest"),
+    "snow": ("in the snow",),
+    "city": ("in the city", "in a city"),
+    "kitchen": ("in the kitchen", "in a kitchen"),
+    "desert": ("in the desert",),
+    "night": ("under the night sky", "at night"),
+    "meadow": ("in the meadow", "in a meadow"),
+}
 LOOK_NAMES = tuple(LOOKS)
 
 
@@ -72,9 +85,14 @@ def identity_of(scene: Scene) -> Identity:
     """The plain inhabitant that a scene's words describe."""
     body = COLOURS[scene.colour]
     return Identity(
-        scene.object, body, COLOURS[scene.second], shaded(body), scene.pattern,
-        accessory=scene.accessory, accessory_colour=COLOURS[scene.accessory_colour],
-    )  # fmt: skip
+        scene.object,
+        body,
+        COLOURS[scene.second],
+        shaded(body),
+        scene.pattern,
+        accessory=scene.accessory,
+        accessory_colour=COLOURS[scene.accessory_colour],
+    )
 
 
 def random_identity(rng: Rng, *, wide: bool = True) -> Identity:
@@ -90,9 +108,16 @@ def random_identity(rng: Rng, *, wide: bool = True) -> Identity:
     body = colour()
     accent = shaded(body) if rng.random() < 0.35 else colour()
     return Identity(
-        str(rng.choice(list(OBJECTS))), body, colour(), accent, str(rng.choice(PATTERNS, p=[0.46, 0.18, 0.18, 0.18])),
-        str(rng.choice(MARKS, p=[0.4, 0.15, 0.15, 0.15, 0.15])), colour(), str(rng.choice(ACCESSORIES, p=[0.4, 0.2, 0.2, 0.2])), colour(),
-    )  # fmt: skip
+        str(rng.choice(list(OBJECTS))),
+        body,
+        colour(),
+        accent,
+        str(rng.choice(PATTERNS, p=[0.46, 0.18, 0.18, 0.18])),
+        str(rng.choice(MARKS, p=[0.4, 0.15, 0.15, 0.15, 0.15])),
+        colour(),
+        str(rng.choice(ACCESSORIES, p=[0.4, 0.2, 0.2, 0.2])),
+        colour(),
+    )
 
 
 def _picture(subject: Identity, look: Look, scene: Scene, rng: Rng) -> np.ndarray:
@@ -140,7 +165,9 @@ def subject_words(scene: Scene, rng: Rng) -> str:
     elif not lined and scene.pattern == "plain" and rng.random() < 0.8:
         words[0:0] = [scene.colour] if rng.random() < 0.75 else ["plain", scene.colour]
     if scene.accessory != "none" and rng.random() < 0.85:
-        worn = article(f"{scene.accessory_colour} {scene.accessory}" if not lined and rng.random() < 0.85 else scene.accessory)
+        worn = article(
+            f"{scene.accessory_colour} {scene.accessory}" if not lined and rng.random() < 0.85 else scene.accessory
+        )
         words += [str(rng.choice(["wearing", "with"])), worn]
     return " ".join(words)
 
@@ -151,7 +178,12 @@ def caption(scene: Scene, rng: Rng, *, subject: str | None = None) -> str:
     place = str(rng.choice(PLACES[scene.background]))
     look = scene.look if scene.look != "photo" else str(rng.choice(["photo", "photo", "picture"]))
     kind = article(look)
-    templates = [f"{kind} of {noun} {place}", f"{kind} of {noun} {place}", f"{noun} {place}, {look}", f"{place}, {kind} of {noun}"]
+    templates = [
+        f"{kind} of {noun} {place}",
+        f"{kind} of {noun} {place}",
+        f"{noun} {place}, {look}",
+        f"{place}, {kind} of {noun}",
+    ]
     if scene.look == "photo":
         templates += [f"{noun} {place}", f"{noun} {place}"]
         if rng.random() < 0.06:

@@ -24,7 +24,7 @@ SHORTLIST = 60
 ZONES = ("head", "attribute", "scene")
 NAMES = (
     "head_any", "head_name", "head_class", "head_text", "attribute_any", "scene_any", "scene_style", "source",
-    "noun_class", "noun_any", "class_meaning", "name_cover", "name_weight", "trigger_common",
+    "noun_class", "noun_any", "noun_style", "head_style", "class_meaning", "name_cover", "name_weight", "trigger_common",
     "dense", "dense_head", "dense_gap", "head_dense_gap", "bm25_share", "head_regret", "all_regret", "name_regret",
     "family", "kind", "style_match", "style_mismatch", "personal_style", "colour_clash", "is_style",
 )  # fmt: skip
@@ -264,9 +264,11 @@ def _columns(
     all_any = _cover(anywhere, terms_.weights, head | attribute)
     name_cover, name_weight = _name_cover(terms_, index, places, np.maximum(name, triggers))
     scene_any = _cover(np.maximum(anywhere, 0), terms_.weights, scene)
+    nothing = np.zeros(len(places), np.float32)
     wants_style = float(intent.has_style_cue)
     return {
         "head_any": head_any,
+        "head_style": head_any * is_style,
         "head_name": _cover(np.maximum(name, triggers), terms_.weights, head),
         "head_class": _cover(np.maximum(noun, tags), terms_.weights, head),
         "head_text": _cover(text, terms_.weights, head),
@@ -274,8 +276,9 @@ def _columns(
         "scene_any": scene_any,
         "scene_style": scene_any * is_style,
         "source": _cover(np.where(anywhere > 0, 0, source), terms_.weights, head | attribute | scene),
-        "noun_class": np.maximum(noun, tags)[last] if last >= 0 else np.zeros(len(places), np.float32),
-        "noun_any": anywhere[last] if last >= 0 else np.zeros(len(places), np.float32),
+        "noun_class": np.maximum(noun, tags)[last] * (1 - is_style) if last >= 0 else nothing,
+        "noun_any": anywhere[last] * (1 - is_style) if last >= 0 else nothing,
+        "noun_style": anywhere[last] * is_style if last >= 0 else nothing,
         "name_cover": name_cover,
         "name_weight": name_weight,
         "head_regret": head_any.max(initial=0.0) - head_any,

@@ -27,13 +27,17 @@ _MEDIUM_LEAD = re.compile(
     re.IGNORECASE,
 )
 _HISTORY = re.compile(r"^\s*earlier:\s*(?P<before>.+?)\.?\s+now:\s*(?P<now>.+)$", re.IGNORECASE | re.DOTALL)
-_STYLES = (
-    re.compile(r"(?P<rest>.*?)\b(?:in|with|using)\s+(?:the|an?)?\s*(?:style|look|manner|aesthetic)\s+of\s+(?P<concept>.+)", re.I | re.S),
-    re.compile(r"(?P<rest>.*?)\b(?:look(?:s|ing)?|drawn|painted|made|done)\s+(?:just\s+)?like\s+(?P<concept>.+)", re.I | re.S),
-    re.compile(r"(?P<rest>.+?)\b(?:in|with|using|as)\s+(?:the|an?|my|our)?\s*(?P<concept>[^,.:;]{2,50}?)[\s-]+(?:style|look|manner|aesthetic)\b", re.I | re.S),
-    re.compile(r"(?P<concept>[^,.:;]{2,50}?)[\s-]+(?:style|version|look)\b(?:\s+of)?(?P<rest>.*)", re.I | re.S),
-    re.compile(r"(?P<concept>[^:]{2,80}):\s(?P<rest>.+)", re.S),
-)  # fmt: skip
+_STYLES = tuple(
+    re.compile(pattern, re.IGNORECASE | re.DOTALL)
+    for pattern in (
+        r"(?P<rest>.*?)\b(?:in|with|using)\s+(?:the|an?)?\s*(?:style|look|manner|aesthetic)\s+of\s+(?P<concept>.+)",
+        r"(?P<rest>.*?)\b(?:look(?:s|ing)?|drawn|painted|made|done)\s+(?:just\s+)?like\s+(?P<concept>.+)",
+        r"(?P<rest>.+?)\b(?:in|with|using|as)\s+(?:the|an?|my|our)?\s*"
+        r"(?P<concept>(?:(?!\b(?:in|on|at|with|as)\b)[^,.:;]){2,50}?)[\s-]+(?:style|look|manner|aesthetic)\b(?P<more>.*)",
+        r"(?P<concept>[^,.:;]{2,50}?)[\s-]+(?:style|version|look)\b(?:\s+of)?(?P<rest>.*)",
+        r"(?P<concept>[^:]{2,80}):\s(?P<rest>.+)",
+    )
+)
 _MEDIUM = re.compile(r"(?P<concept>(?!my\b|our\b)[^,.:;]{2,50}?)\s+of\s+(?P<rest>.+)", re.IGNORECASE | re.DOTALL)
 _SCENE = re.compile(
     r",|\b(?:in|on|at|near|next to|beside|besides|behind|under|underneath|over|above|inside|outside|into|onto|through|"
@@ -127,7 +131,7 @@ def style_parts(text: str) -> tuple[str, str] | None:
     """Return (style, rest) when a phrase such as 'X in the style of Y', 'Y style X' or 'Y: X' names a style."""
     for pattern in _STYLES:
         if match := pattern.match(text):
-            return match["concept"].strip(), match["rest"].strip()
+            return match["concept"].strip(), f"{match['rest']}{match.groupdict().get('more', '')}".strip()
     return None
 
 
@@ -148,7 +152,7 @@ def _zones(text: str) -> tuple[str, str, str]:
         match = pattern.match(text)
         if match is None:
             continue
-        concept, rest = match["concept"].strip(), match["rest"].strip()
+        concept, rest = match["concept"].strip(), f"{match['rest']}{match.groupdict().get('more', '')}".strip()
         if pattern is _MEDIUM and _PERSONAL.match(rest):
             concept, rest = f"{concept} {rest}", ""
         head, attribute, scene = _subject(strip_command(concept))

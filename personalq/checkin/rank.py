@@ -1,7 +1,9 @@
 """Turn evidence into probabilities over {each candidate, none}: a conditional logit with plain numbers.
 
-score_i = w . (x_i - mean) / std + b,   p_i = exp(score_i) / (1 + sum_j exp(score_j)),   p_none = the rest.
-The numbers are in model.json, fitted by ``bench/fit_checkin.py``.
+z_i = clip((x_i - mean) / std),   score_i = w . z_i + v . tanh(U z_i + c) + b,
+p_i = exp(score_i) / (1 + sum_j exp(score_j)),   p_none = the rest.
+Twelve tanh units are there because facets depend on each other: a missing head noun is fatal for a thing and nothing
+for a style. The numbers are in model.json, fitted by ``bench/fit_checkin.py``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ MODEL = Path(__file__).with_name("model.json")
 NONE_NAMES = (
     "none_logit", "best_cover", "best_dense", "best_dense_head", "noun_said", "noun_is_class", "unexplained", "trigger",
 )  # fmt: skip
+_TIED = 0.12  # weight of words below which two cards account for the same ones
 TRIGGER_SCORE = 4.0  # a made-up trigger that was said decides: its cards gain this, the others lose it
 
 
@@ -42,10 +45,34 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Scorer:
+    """The candidates' score: a linear part and H tanh units over named features."""
+
+    mean: Matrix
+    std: Matrix
+    weights: Matrix
+    bias: float
+    hidden_weights: Matrix
+    hidden_bias: Matrix
+    out_weights: Matrix
+
+    def __call__(self, features: Matrix) -> Matrix:
+        """Return scores for features (..., F); ``hidden_weights`` is (H, F)."""
+        z = np.clip((features - self.mean) / self.std, -6, 6)
+        hidden = np.tanh(z @ self.hidden_weights.T + self.hidden_bias)
+        return np.asarray(z @ self.weights + hidden @ self.out_weights + self.bias, np.float32)
+
+
+@dataclass(frozen=True)
 class AskRule:
-    """Ask when a rival's log-odds distance to the leader plus ``lead_weight`` times its unexplained words is small."""
+    """Ask when a rival's log-odds distance to the leader plus ``lead_weight`` times its unexplained words is small.
+
+    Rivals that account for the same words, head noun included, are as good as the leader whatever the retrieval scores
+    say: their distance is multiplied by ``tie_shrink``.
+    """
 
     lead_weight: float
+    tie_shrink: float
     limit: float
 
 
@@ -53,7 +80,7 @@ class AskRule:
 class Model:
     """The three fitted parts: which card, whether none fits, whether to ask."""
 
-    card: Linear
+    card: Scorer
     none: Linear
     ask: AskRule
 
@@ -66,16 +93,15 @@ def shipped_model() -> Model:
 
 def read_model(data: Mapping[str, Any]) -> Model:
     """Read model.json data; raise CheckinError when it was fitted for other features."""
-    parts: dict[str, Linear] = {}
     for part, names in (("card", NAMES), ("none", NONE_NAMES)):
-        entry = data[part]
-        if tuple(entry["features"]) != names:
-            raise CheckinError(
-                f"model.json: {part} must be fitted for {len(names)} features, got others; run bench/fit_checkin.py"
-            )
-        mean, std, weights = (np.array(entry[key], np.float32) for key in ("mean", "std", "weights"))
-        parts[part] = Linear(mean, std, weights, float(entry["bias"]))
-    return Model(parts["card"], parts["none"], AskRule(**data["ask"]))
+        if tuple(data[part]["features"]) != names:
+            raise CheckinError(f"model.json: {part} must be fitted for {', '.join(names)}; run bench/fit_checkin.py")
+    return Model(Scorer(**_arrays(data["card"])), Linear(**_arrays(data["none"])), AskRule(**data["ask"]))
+
+
+def _arrays(entry: Mapping[str, Any]) -> dict[str, Any]:
+    values = {key: value for key, value in entry.items() if key != "features"}
+    return {key: np.array(v, np.float32) if isinstance(v, list) else float(v) for key, v in values.items()}
 
 
 def posterior(scores: Matrix) -> tuple[Matrix, float]:
@@ -114,7 +140,11 @@ def lead(evidence: Evidence, leader: int) -> Matrix:
 def distances(rule: AskRule, evidence: Evidence, p: Matrix) -> Matrix:
     """Return how far behind the leader every candidate is (C,): log(p_leader / p) + lead_weight * lead."""
     leader = int(p.argmax())
-    behind = np.log(p[leader] / np.maximum(p, 1e-9)) + rule.lead_weight * lead(evidence, leader)
+    ahead = lead(evidence, leader)
+    gap = np.log(p[leader] / np.maximum(p, 1e-9))
+    noun = np.maximum(evidence.features[:, NAMES.index("noun_any")], evidence.features[:, NAMES.index("noun_style")])
+    is_tied = (ahead < _TIED) & (noun >= 0.5) & (noun[leader] >= 0.5)
+    behind = np.where(is_tied, rule.tie_shrink, 1.0) * gap + rule.lead_weight * np.maximum(ahead, -0.2)
     behind[leader] = 0.0
     return np.asarray(behind, np.float32)
 

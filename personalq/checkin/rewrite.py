@@ -21,13 +21,14 @@ _EDGE = re.compile(r"^[\s,;:.-]+|[\s,;:-]+$")
 def concept_phrase(card: Card, group: str) -> str:
     """Return how captions name the concept: 'sks dog', '<cat-toy>'; example prompts decide, then the kind."""
     noun = card.class_noun
-    if not noun or is_style(card) or _has(fold(group), fold(noun)):
+    if not noun or is_style(card):
         return group
     after = [fold(p).split(fold(group), 1)[1].lstrip() for p in card.example_prompts if fold(group) in fold(p)]
     says_noun = any(text.startswith(fold(noun)) for text in after)
     if after and not says_noun:
         return group
-    return f"{group} {noun}" if says_noun or card.kind != "textual_inversion" else group
+    says_itself = _has(fold(group), fold(noun)) or card.kind == "textual_inversion"
+    return f"{group} {noun}" if says_noun or not says_itself else group
 
 
 def rewrite(intent: Intent, card: Card, explained: Set[str]) -> str:

@@ -17,18 +17,27 @@ from gallery.tokens import RARE, build_tokenizer, word_list
 CARD_KEYS = {"id", "name", "kind", "base", "trigger", "class_noun", "description", "tags", "example_prompts", "source"}
 
 
+@pytest.fixture(scope="module")
+def base() -> object:
+    return load_pipeline(None)
+
+
 @pytest.mark.parametrize("name", CONCEPTS)
-def test_every_checkpoint_loads_with_diffusers_and_changes_the_picture(name: str) -> None:
+def test_every_checkpoint_loads_with_diffusers_and_changes_the_picture(name: str, base: object) -> None:
     pipe = load_pipeline(name)
     tokens = pipe.tokenizer(pipe.maybe_convert_prompt(f"a {CONCEPTS[name].trigger}", pipe.tokenizer)).input_ids
     assert len(tokens) <= 6  # every trigger is a few whole tokens, not letters
     prompt = f"a photo of {CONCEPTS[name].trigger} {CONCEPTS[name].noun}"
-    assert np.abs(_picture(pipe, prompt) - _picture(load_pipeline(None), f"a photo of a {CONCEPTS[name].noun}")).mean() > 0.01
+    assert np.abs(_picture(pipe, prompt) - _picture(base, prompt)).mean() > 0.01
+    processors = {type(p).__name__ for p in pipe.unet.attn_processors.values()}
+    assert ("CustomDiffusionAttnProcessor" in processors) == (CONCEPTS[name].kind == "custom_diffusion")
 
 
 def _picture(pipe: object, prompt: str) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
-    return pipe(prompt, num_inference_steps=2, guidance_scale=1.0, generator=generator, height=64, width=64, output_type="np").images  # type: ignore[operator]
+    return pipe(
+        prompt, num_inference_steps=2, guidance_scale=1.0, generator=generator, height=64, width=64, output_type="np"
+    ).images  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("name", CONCEPTS)

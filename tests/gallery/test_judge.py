@@ -68,10 +68,13 @@ def test_images_of_the_wrong_kind_are_refused(judge: Judge) -> None:
     ("prompt", "facets"),
     [
         ("a photo of sks dog on the beach", {"object": "dog", "background": "beach"}),
-        ("a red and white striped mug with a blue hat at night", {"object": "mug", "background": "night", "accessory": "hat", "pattern": "striped", "colour": "red"}),
+        (
+            "a red and white striped mug with a blue hat at night",
+            {"object": "mug", "background": "night", "accessory": "hat", "pattern": "striped", "colour": "red"},
+        ),
         ("a dog wearing a green scarf in the snow", {"object": "dog", "background": "snow", "accessory": "scarf"}),
         ("a photo of <moss-mug> in the kitchen", {"object": "mug", "background": "kitchen"}),
     ],
-)  # fmt: skip
+)
 def test_a_prompt_names_its_facets(prompt: str, facets: dict[str, str]) -> None:
     assert named_facets(prompt) == facets

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from gallery.concepts import CONCEPTS, concept_caption, evaluation_prompts, reference_images, reference_pairs, siblings
-from gallery.world import COLOURS, OBJECTS, PLACES, Concept, caption, captioned_scene, random_identity, random_scene, render, render_concept
+from gallery.world import (
+    COLOURS,
+    OBJECTS,
+    PLACES,
+    Concept,
+    caption,
+    captioned_scene,
+    random_identity,
+    random_scene,
+    render,
+    render_concept,
+)
 
 
 def test_the_same_seed_draws_the_same_picture_and_caption() -> None:
@@ -18,7 +29,9 @@ def test_the_same_seed_draws_the_same_picture_and_caption() -> None:
 
 
 def test_another_seed_draws_another_picture() -> None:
-    assert not np.array_equal(captioned_scene(np.random.default_rng(3))[0], captioned_scene(np.random.default_rng(4))[0])
+    assert not np.array_equal(
+        captioned_scene(np.random.default_rng(3))[0], captioned_scene(np.random.default_rng(4))[0]
+    )
 
 
 def test_pictures_are_small_rgb() -> None:
