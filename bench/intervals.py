@@ -15,7 +15,9 @@ class Interval:
     high: float
 
 
-def bootstrap(values: npt.ArrayLike, groups: npt.ArrayLike, *, draws: int = 4000, level: float = 0.95, seed: int = 0) -> Interval:
+def bootstrap(
+    values: npt.ArrayLike, groups: npt.ArrayLike, *, draws: int = 4000, level: float = 0.95, seed: int = 0
+) -> Interval:
     """Interval of the mean of `values` (N,), resampling whole groups (checkpoints) and then values inside them.
 
     Two-stage cluster bootstrap: pictures of one checkpoint are not independent of each other.

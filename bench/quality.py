@@ -122,7 +122,10 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{'policy':14} {'MB':>6} {'/fp32':>6} {'PSNR dB':>8} {'SSIM':>6} {'concept':>8} {'prompt':>7}"
     for policy in dict.fromkeys(row["policy"] for row in rows):
         chosen = [row for row in rows if row["policy"] == policy]
-        size, ratio = (float(np.mean([f(row) for row in chosen])) for f in (lambda r: r["bytes"] / 1e6, lambda r: r["bytes"] / r["bytes_fp32"]))
+        size, ratio = (
+            float(np.mean([f(row) for row in chosen]))
+            for f in (lambda r: r["bytes"] / 1e6, lambda r: r["bytes"] / r["bytes_fp32"])
+        )
         means = {metric: float(np.mean([row[metric] for row in chosen])) for metric in METRICS}
         yield (
             f"{policy:14} {size:6.2f} {ratio:6.3f} {means['psnr_db']:8.2f} {means['ssim']:6.3f} "
@@ -131,7 +134,9 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 @click.command()
-@click.option("--repo", type=click.Path(path_type=Path, exists=True), default=Path("gallery/repository"), show_default=True)
+@click.option(
+    "--repo", type=click.Path(path_type=Path, exists=True), default=Path("gallery/repository"), show_default=True
+)
 @click.option("--policies", default="taq-w8a8", show_default=True, help="comma list of POLICY-BITS")
 @click.option("--checkpoints", default="", help="comma list of ids (default: all with weights)")
 @click.option("--prompts", default=8, show_default=True)
@@ -139,20 +144,27 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 @click.option("--quick", is_flag=True, help="3 prompts x 1 seed")
 @click.option("--jobs", default=2, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="also write the JSON here")
-def main(repo: Path, policies: str, checkpoints: str, prompts: int, seeds: int, quick: bool, jobs: int, out: Path | None) -> None:
+def main(
+    repo: Path, policies: str, checkpoints: str, prompts: int, seeds: int, quick: bool, jobs: int, out: Path | None
+) -> None:
     """Measure quality over the gallery; a table, then one JSON object as the last line."""
     from personalq.repository import Repository
 
     started = time.perf_counter()
     plan = Plan(repo, tuple(policies.split(",")), 3 if quick else prompts, 1 if quick else seeds)
     repository = Repository.open(repo)
-    wanted = checkpoints.split(",") if checkpoints else [c.id for c in repository.cards() if repository.has_weights(c.id)]
+    wanted = (
+        checkpoints.split(",") if checkpoints else [c.id for c in repository.cards() if repository.has_weights(c.id)]
+    )
     export(repository, wanted[0], "fp32")  # the family is traced once, before the workers start
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(jobs) as pool:
         for part in pool.map(measure_checkpoint, [plan] * len(wanted), wanted):
             rows += part
-            click.echo(f"{part[0]['checkpoint']}: " + "  ".join(f"{r['policy']} {r['psnr_db']:.1f} dB" for r in part[1:]), err=True)
+            click.echo(
+                f"{part[0]['checkpoint']}: " + "  ".join(f"{r['policy']} {r['psnr_db']:.1f} dB" for r in part[1:]),
+                err=True,
+            )
     click.echo("\n".join(table(rows)))
     summary = {
         "bench": "quality",

@@ -7,7 +7,9 @@ import numpy as np
 from personalq.errors import SpecError
 
 
-def allocate(bytes_of: Mapping[str, Mapping[str, int]], harm_of: Mapping[str, Mapping[str, float]], budget_bytes: int) -> dict[str, str]:
+def allocate(
+    bytes_of: Mapping[str, Mapping[str, int]], harm_of: Mapping[str, Mapping[str, float]], budget_bytes: int
+) -> dict[str, str]:
     """layer -> width ('float', 'int8', 'int4', ...) with least total harm within `budget_bytes`.
 
     bytes_of, harm_of: layer -> width -> bytes on disk / harm. The multiple-choice knapsack of HAWQ-V3 (arXiv 2011.10680)
@@ -18,7 +20,9 @@ def allocate(bytes_of: Mapping[str, Mapping[str, int]], harm_of: Mapping[str, Ma
     choices = [(layer, width) for layer, widths in bytes_of.items() for width in widths]
     least = sum(min(widths.values()) for widths in bytes_of.values())
     if least > budget_bytes:
-        raise SpecError(f"budget: must be at least {least} bytes for these layers at their smallest widths, got {budget_bytes}")
+        raise SpecError(
+            f"budget: must be at least {least} bytes for these layers at their smallest widths, got {budget_bytes}"
+        )
     size = np.array([bytes_of[layer][width] for layer, width in choices], float)
     cost = np.array([harm_of[layer][width] for layer, width in choices])
     layers = list(bytes_of)

@@ -57,7 +57,9 @@ class TriggerMap:
     def add(self, probabilities: Tensor, columns: list[list[int]]) -> None:
         """probabilities (B, heads, N, 77); columns: the trigger's positions of each batch row ([] = none)."""
         batch, _, n_pixels, _ = probabilities.shape
-        rows = [p.mean(0)[:, c].sum(-1) if c else p.new_zeros(n_pixels) for p, c in zip(probabilities, columns, strict=True)]
+        rows = [
+            p.mean(0)[:, c].sum(-1) if c else p.new_zeros(n_pixels) for p, c in zip(probabilities, columns, strict=True)
+        ]
         size = int(n_pixels**0.5)
         grid = torch.stack(rows).view(batch, 1, size, size)
         wide = nn.functional.interpolate(grid, size=(self.side, self.side), mode="bilinear", align_corners=False)

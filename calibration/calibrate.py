@@ -16,14 +16,16 @@ from diffusers import StableDiffusionPipeline
 from personalq.card import Card, folder_name
 from personalq.identity import family_key, read_configs, weights_sha256
 from personalq.repository import Repository
-from personalq.rows import KeptTokens, RowLayer, pack_layers
+from personalq.rows import KeptTokens
 from personalq.spec import LayerSpec, Provenance, RowsSpec, Spec, SpecFile
 
-from .model import cross_attention, load_pipeline, quantisable_layers
-from .policies import POLICIES, Tokens, decide, float_layers
+from .decide import Decisions, decide, rule_of
+from .evidence import Evidence, Recipe
+from .model import load_pipeline, quantisable_layers
+from .policies import Tokens
 from .prompts import calibration_prompts, prompts_sha256
-from .reference import start_noise, write_reference
-from .statistics import LayerRanges, Observer
+from .reference import write_reference
+from .statistics import LayerRanges
 
 REFERENCE = "reference.safetensors"
 FLOAT_POLICIES = {"fp32": "float32", "fp16": "float16"}
@@ -57,45 +59,49 @@ def quiet(_: str, __: float) -> None:
 
 
 def calibrate(
-    repository: Repository, checkpoint_id: str, options: CalibrateOptions, progress: Progress = quiet
+    repository: Repository,
+    checkpoint_id: str,
+    options: CalibrateOptions,
+    progress: Progress = quiet,
+    *,
+    evidence: Evidence | None = None,
 ) -> CalibrateResult:
     """Write `specs/<id>/<policy>-<bits>.json` (+ tensors) and `reference.safetensors`; return what was decided.
 
+    evidence: of an earlier call with the same samples, steps and seed, to be shared between policies.
     Raises RepositoryError or SpecError. progress(text, fraction 0..1) is called as the work goes on.
     """
     started = time.perf_counter()
+    if options.policy not in FLOAT_POLICIES:
+        rule_of(options.policy)
     card = repository.card(checkpoint_id)
     progress("loading the checkpoint", 0.0)
-    pipe = load_pipeline(repository, card)
+    evidence = evidence or gather(repository, card, options, progress)
     folder = repository.root / "specs" / folder_name(card.id)
     reference = folder / REFERENCE
     if not reference.is_file():
-        progress("running the FP32 reference", 0.02)
-        write_reference(pipe, card, reference, **sampling_defaults(repository.base_dir(card)))
-    spec_file, kept = build_spec(repository, card, pipe, options, progress)
+        progress("running the FP32 reference", 0.0)
+        write_reference(evidence.pipe, card, reference, **sampling_defaults(repository.base_dir(card)))
+    spec_file, kept = build_spec(repository, card, evidence, options)
     path = spec_file.write(folder / f"{spec_file.spec.name}.json")
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return CalibrateResult(path, spec_file, kept, len(spec_file.spec.layers), seconds, peak)
 
 
 def build_spec(
-    repository: Repository, card: Card, pipe: StableDiffusionPipeline, options: CalibrateOptions, progress: Progress
+    repository: Repository, card: Card, evidence: Evidence, options: CalibrateOptions
 ) -> tuple[SpecFile, tuple[str, ...]]:
-    """Collect statistics (unless the policy quantises nothing) and decide every layer and row."""
-    tokens = card_tokens(pipe, card)
-    widths = [(name, attention.to_k.out_features) for name, attention in cross_attention(pipe.unet)]
-    prompts: list[str] = []
+    """Decide every layer and row from the evidence (none is collected when the policy quantises nothing)."""
+    pipe, layers_of_rows = evidence.pipe, tuple(evidence.row_layers)
     if options.policy in FLOAT_POLICIES:
         modules = {n: LayerRanges(_op(m), m.weight) for n, m in quantisable_layers(pipe.unet).items()}
-        layers, tensors = float_layers(modules, "reference: nothing is quantised"), {}
-        rows, name = RowsSpec(kept=KeptTokens(slots=0), layers=tuple(pack_layers(widths))), options.policy
+        decisions = Decisions(float_layers(modules, "reference: nothing is quantised"), {})
+        rows, name = RowsSpec(kept=KeptTokens(slots=0), layers=layers_of_rows), options.policy
     else:
-        prompts = calibration_prompts(card, options.samples, options.seed)
-        ranges = observe(pipe, prompts, options, progress)
-        layers, tensors = decide(ranges, options.policy, options.bits)
-        rule = POLICIES[options.policy]
-        rows = RowsSpec(kept=rule.kept(tokens), layers=tuple(pack_layers(widths)), reasons=rule.row_reasons)
-        name = f"{options.policy}-{options.bits}"
+        rule = rule_of(options.policy)
+        decisions = decide(evidence, rule, options.bits, options.budget_bytes)
+        kept, reasons = rule.keep_rows(Tokens(evidence.recipe.trigger, evidence.recipe.class_noun), evidence.seen.rows)
+        rows, name = RowsSpec(kept=kept, layers=layers_of_rows, reasons=reasons), spec_name(options)
     spec = Spec(
         name=name,
         policy=options.policy,
@@ -103,26 +109,38 @@ def build_spec(
         checkpoint=card.id,
         family=family_key(read_configs(repository.base_dir(card))),
         storage=FLOAT_POLICIES.get(options.policy, "float16"),
-        layers=layers,
+        layers=decisions.layers,
         rows=rows,
         budget_bytes=options.budget_bytes,
-        provenance=provenance(repository, card, prompts, options),
+        provenance=provenance(repository, card, evidence.recipe, options),
     )
-    return SpecFile(spec, tensors), kept_words(rows.kept, pipe)
+    return SpecFile(spec, decisions.tensors), kept_words(rows.kept, pipe)
 
 
-def observe(
-    pipe: StableDiffusionPipeline, prompts: list[str], options: CalibrateOptions, progress: Progress
-) -> dict[str, LayerRanges]:
-    """Denoise every prompt (both halves of guidance, all steps) with the observer on; prompt by prompt, memory flat."""
-    observer = Observer(pipe.unet)
-    guidance = sampling_defaults(Path(pipe.config._name_or_path))["guidance"]
-    with observer.watching(), torch.no_grad():
-        for index, prompt in enumerate(prompts):
-            progress("collecting statistics", 0.1 + 0.8 * index / len(prompts))
-            noise = torch.from_numpy(start_noise(pipe, options.seed * 1000 + 100 + index))[None]
-            pipe(prompt, num_inference_steps=options.steps, guidance_scale=guidance, latents=noise, output_type="latent")
-    return observer.layers
+def spec_name(options: CalibrateOptions) -> str:
+    """File name of a spec: '<policy>-<bits>', with the budget when there is one."""
+    budget = "" if options.budget_bytes is None else f"-{options.budget_bytes / 1e6:.2f}mb"
+    return f"{options.policy}-{options.bits}{budget}"
+
+
+def gather(repository: Repository, card: Card, options: CalibrateOptions, progress: Progress = quiet) -> Evidence:
+    """Load the checkpoint and get ready to observe it; policies calibrated one after the other can share the result."""
+    pipe = load_pipeline(repository, card)
+    prompts = (
+        () if options.policy in FLOAT_POLICIES else tuple(calibration_prompts(card, options.samples, options.seed))
+    )
+    tokens = card_tokens(pipe, card)
+    guidance = sampling_defaults(repository.base_dir(card))["guidance"]
+    recipe = Recipe(prompts, tokens.trigger, tokens.class_noun, options.steps, guidance, options.seed)
+    return Evidence(pipe, recipe, progress)
+
+
+def float_layers(ranges: dict[str, LayerRanges], reason: str) -> dict[str, LayerSpec]:
+    """Every layer unquantised: the reference policies."""
+    return {
+        name: LayerSpec(op=layer.op, weight="float", activation="float", reason=reason)
+        for name, layer in ranges.items()
+    }
 
 
 def card_tokens(pipe: StableDiffusionPipeline, card: Card) -> Tokens:
@@ -144,7 +162,8 @@ def kept_words(kept: KeptTokens, pipe: StableDiffusionPipeline) -> tuple[str, ..
     return tuple(words + (["<EOS>"] if kept.eos else []) + (["<PAD>"] if kept.pad else []))
 
 
-def provenance(repository: Repository, card: Card, prompts: list[str], options: CalibrateOptions) -> Provenance:
+def provenance(repository: Repository, card: Card, recipe: Recipe, options: CalibrateOptions) -> Provenance:
+    prompts = list(recipe.prompts)
     return Provenance(
         checkpoint_sha256=weights_sha256(repository.base_dir(card), repository.checkpoint_dir(card.id)),
         prompts_sha256=prompts_sha256(prompts),
@@ -165,6 +184,3 @@ def sampling_defaults(base_dir: Path) -> dict[str, Any]:
 
 def _op(module: torch.nn.Module) -> str:
     return "conv" if isinstance(module, torch.nn.Conv2d) else "linear"
-
-
-__all__ = ["CalibrateOptions", "CalibrateResult", "LayerSpec", "RowLayer", "calibrate"]

@@ -71,7 +71,9 @@ class Histogram:
     def scale(self, qtype: QType, how: str, where: str) -> np.float32:
         """float32 scale by 'absmax', 'mse' or 'p99.9'-like percentiles. Raises SpecError when only zeros were seen."""
         if self.absmax == 0.0:
-            raise SpecError(f"{where}: needs an activation other than 0, got only zeros; add prompts or exclude the layer")
+            raise SpecError(
+                f"{where}: needs an activation other than 0, got only zeros; add prompts or exclude the layer"
+            )
         if how == "absmax":
             clip = self.absmax
         elif how == "mse":

@@ -22,7 +22,11 @@ def load_pipeline(repository: Repository, card: Card, device: str = "cpu") -> St
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = StableDiffusionPipeline.from_pretrained(
-            base_dir, torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False, local_files_only=True
+            base_dir,
+            torch_dtype=torch.float32,
+            safety_checker=None,
+            requires_safety_checker=False,
+            local_files_only=True,
         )
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         LOADERS[card.kind](pipe, folder)
@@ -49,7 +53,13 @@ def _load_tokens(pipe: StableDiffusionPipeline, folder: Path) -> None:
 
 
 def _load_custom_diffusion(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    pipe.unet.load_attn_procs(folder, weight_name=_only(folder, "pytorch_custom_diffusion*.safetensors").name)
+    file = _only(folder, "pytorch_custom_diffusion*.safetensors")
+    # without _pipeline, diffusers 0.42 reads the file and sets nothing
+    pipe.unet.load_attn_procs(folder, weight_name=file.name, _pipeline=pipe)
+    if not any(hasattr(p, "to_k_custom_diffusion") for p in pipe.unet.attn_processors.values()):
+        raise RepositoryError(
+            f"{file}: must set Custom-Diffusion K and V in the UNet, got none set; add the checkpoint again"
+        )
     _load_tokens(pipe, folder)
 
 

@@ -1,20 +1,15 @@
-"""Policies: named rules that turn statistics into the decisions of a spec. Data in, data out; no model is run here."""
+"""Policies: named rules that turn evidence into the decisions of a spec. All of them pass through the same exporter.
+
+Each names its source and where it had to deviate to be exportable (symmetric scales, static activations, one scale per
+output channel: what TensorRT and ONNX Runtime run as integers). Controls differ from `taq` in one thing only.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
-
-from personalq.errors import SpecError
-from personalq.numerics import INT8, QTYPES, absmax_scale, mse_scale
 from personalq.rows import KeptTokens
-from personalq.spec import LayerSpec
 
-from .statistics import LayerRanges
-
-Tensors = dict[str, npt.NDArray[Any]]
+from .text_rows import RowStatistics
 
 
 @dataclass(frozen=True)
@@ -25,69 +20,136 @@ class Tokens:
     class_noun: tuple[tuple[int, ...], ...]
 
 
+KeepRows = Callable[[Tokens, RowStatistics], tuple[KeptTokens, dict[str, str]]]
+
+
 @dataclass(frozen=True)
 class Rule:
-    """How a policy finds scales, and which rows it keeps. Float layers carry their reason."""
+    """How a policy finds scales, rounds, spends a byte budget and keeps rows.
 
-    weight_scale: str
-    activation_scale: str
-    kept: Callable[[Tokens], KeptTokens]
-    keep_float: Callable[[str], str]
-    row_reasons: dict[str, str]
+    rounding: 'nearest' or 'gptq'; weighting: whose errors count, 'plain' or 'trigger' (pixels weighted by attention).
+    """
+
+    source: str
+    weight_scale: str = "mse"
+    activation_scale: str = "mse"
+    rounding: str = "nearest"
+    weighting: str = "plain"
+    keep_rows: KeepRows = lambda tokens, rows: (KeptTokens(), {})
+    keep_float: Callable[[str], str] = lambda name: ""
 
 
-def keep_nothing(_: str) -> str:
-    return ""
-
-
-def keep_edges(name: str) -> str:
+def edges(name: str) -> str:
     """The first and last convolution: 4 latent channels wide, a few KB, and every error there is an error of the picture."""
     if name in ("conv_in", "conv_out"):
         return "first or last layer: 4 latent channels, few bytes, its error is the picture's error"
     return ""
 
 
-def trigger_and_bos(tokens: Tokens) -> KeptTokens:
-    return KeptTokens(trigger=tokens.trigger, bos=True)
+def edges_and_time(name: str) -> str:
+    """TFMQ-DM's temporal information block: the time embedding and every ResBlock's projection of it."""
+    if name.startswith("time_embedding.") or name.endswith("time_emb_proj"):
+        return "temporal information block (TFMQ-DM)"
+    return edges(name)
 
 
+def trigger_and_measured(tokens: Tokens, rows: RowStatistics) -> tuple[KeptTokens, dict[str, str]]:
+    """Trigger always; BOS, class noun, EOS or the first padding row when attention times error says they matter more.
+
+    A class is kept when the mean over layers of (its share of attention per row) x (its 8-bit error) exceeds the mean
+    over all 77 rows: the rows where one slot saves the most.
+    """
+    numbers = rows.by_class()
+    harm = {
+        name: value["mass"] / max(rows.rows_per_prompt(name), 1) * value["error8"] for name, value in numbers.items()
+    }
+    average = sum(value["mass"] * value["error8"] for value in numbers.values()) / 77
+    wanted = {name: harm.get(name, 0.0) > average for name in ("bos", "class_noun", "eos", "pad")}
+    reasons = {"trigger": "carries the concept"}
+    for name in wanted:
+        if name in numbers:
+            verdict = "kept" if wanted[name] else "not kept"
+            reasons[name] = (
+                f"{verdict}: attention x 8-bit error is {harm[name] / max(average, 1e-30):.1f} x the average row's"
+            )
+    kept = KeptTokens(
+        trigger=tokens.trigger,
+        bos=wanted["bos"],
+        class_noun=tokens.class_noun if wanted["class_noun"] else (),
+        eos=wanted["eos"],
+        pad=wanted["pad"],
+    )
+    return kept, reasons
+
+
+def fixed(reason: str, **kept: bool) -> KeepRows:
+    """Keep these classes whatever was measured; `trigger=True` stands for the card's trigger."""
+
+    def keep(tokens: Tokens, _: RowStatistics) -> tuple[KeptTokens, dict[str, str]]:
+        values = {name: value for name, value in kept.items() if name != "trigger"}
+        return KeptTokens(trigger=tokens.trigger if kept.get("trigger") else (), **values), {"control": reason}
+
+    return keep
+
+
+def random_rows(tokens: Tokens, rows: RowStatistics) -> tuple[KeptTokens, dict[str, str]]:
+    """As many rows as `taq` keeps, drawn by seed."""
+    kept, _ = trigger_and_measured(tokens, rows)
+    return kept.model_copy(update={"random_seed": 0}), {"control": "random rows, as many as taq keeps"}
+
+
+TAQ = Rule(
+    source="this project: MSE clips, GPTQ rounding with the Hessian weighted by where the trigger attends, measured kept rows",
+    rounding="gptq",
+    weighting="trigger",
+    keep_rows=trigger_and_measured,
+    keep_float=edges,
+)
 POLICIES: dict[str, Rule] = {
-    "taq": Rule(
-        "mse",
-        "mse",
-        trigger_and_bos,
-        keep_edges,
-        {"trigger": "carries the concept", "bos": "prompt-independent row, an outlier in web-scale CLIP"},
+    "taq": TAQ,
+    "rtn": Rule(
+        source="round to nearest, absmax weights and activations; the usual first export",
+        weight_scale="absmax",
+        activation_scale="absmax",
     ),
+    "minmax": Rule(
+        source="min-max ranges as MixDQ's (arXiv 2405.17873) tensors; edges kept",
+        weight_scale="absmax",
+        activation_scale="absmax",
+        keep_float=edges,
+    ),
+    "mse": Rule(source="MSE-optimal clips per channel and tensor (Q-Diffusion's initialisation)", keep_float=edges),
+    "q-diffusion": Rule(
+        source="Q-Diffusion (ICCV'23, arXiv 2302.04304): MSE initialisation + learnt rounding. Deviates: GPTQ in place of "
+        "AdaRound, symmetric, shortcut halves share a scale",
+        rounding="gptq",
+        keep_float=edges,
+    ),
+    "tfmq": Rule(
+        source="TFMQ-DM (CVPR'24, arXiv 2311.16503): temporal block kept. Deviates: one activation set for all steps",
+        rounding="gptq",
+        keep_float=edges_and_time,
+    ),
+    "mixdq": Rule(
+        source="MixDQ (ECCV'24, arXiv 2405.17873): BOS rows kept, min-max, budget by sensitivity",
+        weight_scale="absmax",
+        activation_scale="absmax",
+        keep_rows=fixed("MixDQ keeps the BOS row", bos=True),
+        keep_float=edges,
+    ),
+    "bos-only": replace(TAQ, source="control: taq, rows of BOS only", keep_rows=fixed("BOS only", bos=True)),
+    "random-rows": replace(TAQ, source="control: taq, random rows", keep_rows=random_rows),
+    "trigger-only": replace(
+        TAQ, source="control: taq, rows of the trigger only", keep_rows=fixed("trigger only", trigger=True)
+    ),
+    "trigger+eos": replace(
+        TAQ, source="control: taq, rows of trigger and EOS", keep_rows=fixed("trigger and EOS", trigger=True, eos=True)
+    ),
+    "no-rows": replace(TAQ, source="control: taq, no row kept", keep_rows=fixed("no row kept")),
+    "all-rows": replace(
+        TAQ,
+        source="control: taq, all 77 rows FP16",
+        keep_rows=lambda tokens, rows: (KeptTokens(slots=77, everything=True), {"control": "all rows"}),
+    ),
+    "taq-unweighted": replace(TAQ, source="control: taq, every pixel counts the same", weighting="plain"),
 }
-BITS = {"w8a8": "int8", "w4a8": "int4"}
-
-
-def decide(
-    ranges: dict[str, LayerRanges], policy: str, bits: str
-) -> tuple[dict[str, LayerSpec], Tensors]:
-    """Layer decisions and their scales under a policy. Raises SpecError for an unknown policy or width."""
-    if policy not in POLICIES:
-        raise SpecError(f"policy: must be one of {', '.join(POLICIES)}, got {policy!r}")
-    if bits not in BITS:
-        raise SpecError(f"bits: must be one of {', '.join(BITS)}, got {bits!r}")
-    rule, layers, tensors = POLICIES[policy], {}, {}
-    for name, layer in ranges.items():
-        reason = rule.keep_float(name)
-        if reason:
-            layers[name] = LayerSpec(op=layer.op, weight="float", activation="float", reason=reason)
-            continue
-        weight = layer.weight.float().cpu().numpy()
-        find = {"mse": mse_scale, "absmax": absmax_scale}[rule.weight_scale]
-        tensors[f"{name}.weight_scale"] = find(weight, QTYPES[BITS[bits]], 0, where=f"{name}.weight")
-        tensors[f"{name}.input_scale"] = np.asarray(layer.input().scale(INT8, rule.activation_scale, name))
-        if layer.op == "conv":
-            tensors[f"{name}.output_scale"] = np.asarray(layer.output().scale(INT8, rule.activation_scale, name))
-        found = f"weight {rule.weight_scale}, activation {rule.activation_scale}"
-        layers[name] = LayerSpec(op=layer.op, weight=BITS[bits], activation="int8", found_by=found)
-    return layers, tensors
-
-
-def float_layers(ranges: dict[str, Any], reason: str) -> dict[str, LayerSpec]:
-    """Every layer unquantised: the reference policy."""
-    return {name: LayerSpec(op=layer.op, weight="float", activation="float", reason=reason) for name, layer in ranges.items()}

@@ -17,7 +17,11 @@ SCENES = (
     "in a green meadow",
 )
 SUBJECT_FRAMES = ("a photo of {subject} {scene}", "{scene}, {subject}", "a picture of {subject}", "{subject} {scene}")
-STYLE_FRAMES = ("a dog {scene} in the style of {subject}", "{scene} in the style of {subject}", "{subject}, a house {scene}")
+STYLE_FRAMES = (
+    "a dog {scene} in the style of {subject}",
+    "{scene} in the style of {subject}",
+    "{subject}, a house {scene}",
+)
 PLAIN = ("a red car {scene}", "a blue bird {scene}", "a house {scene}")
 
 

@@ -27,7 +27,11 @@ def start_noise(pipe: StableDiffusionPipeline, seed: int) -> npt.NDArray[np.floa
 def golden_prompts(card: Card) -> list[str]:
     """The empty prompt, then two prompts with the trigger: the card's own examples where it has them."""
     subject = subject_of(card)
-    frames = ("a dog {} in the style of {}", "a house {} in the style of {}") if is_style(card) else ("a photo of {1} {0}",) * 2
+    frames = (
+        ("a dog {} in the style of {}", "a house {} in the style of {}")
+        if is_style(card)
+        else ("a photo of {1} {0}",) * 2
+    )
     made = [frame.format(scene, subject) for frame, scene in zip(frames, ("on the beach", "in the snow"), strict=True)]
     examples = [p for p in card.example_prompts if any(group and group in p for group in card.trigger)]
     return ["", *dict.fromkeys([*examples[:2], *made])][:3]

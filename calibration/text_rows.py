@@ -18,7 +18,9 @@ CLASSES = ("bos", "before", "trigger", "class_noun", "after", "eos", "pad")
 Array = npt.NDArray[Any]
 
 
-def row_classes(ids: Sequence[int], trigger: Sequence[Sequence[int]], noun: Sequence[Sequence[int]], eos_id: int) -> list[str]:
+def row_classes(
+    ids: Sequence[int], trigger: Sequence[Sequence[int]], noun: Sequence[Sequence[int]], eos_id: int
+) -> list[str]:
     """The class of each of the 77 rows of one prompt. Words of a prompt without trigger are 'before'."""
     end = end_of_prompt(ids, eos_id)
     words = list(ids[:end])
@@ -67,7 +69,12 @@ class Moments:
     def as_numbers(self) -> dict[str, float]:
         """absmax, kurtosis, and relative squared errors at 8 and 4 bits."""
         energy = max(self.energy, 1e-30)
-        return {"absmax": self.absmax, "kurtosis": self.kurtosis, "error8": self.error8 / energy, "error4": self.error4 / energy}
+        return {
+            "absmax": self.absmax,
+            "kurtosis": self.kurtosis,
+            "error8": self.error8 / energy,
+            "error4": self.error4 / energy,
+        }
 
 
 def _row_error(values: Array, qtype: QType) -> float:
@@ -83,10 +90,12 @@ class RowStatistics:
         self.moments: dict[tuple[str, str, str], Moments] = {}
         self.mass = np.zeros((len(layers), n_time_bins, len(CLASSES)))
         self.mass_count = np.zeros((len(layers), n_time_bins, len(CLASSES)))
+        self.counts: dict[str, list[int]] = {name: [] for name in CLASSES}
 
-    def add_rows(self, rows: Array, classes: Sequence[str]) -> None:
+    def add_rows(self, rows: Array, classes: list[str]) -> None:
         """rows: (77, R) packed rows of one prompt."""
         for name in dict.fromkeys(classes):
+            self.counts[name].append(classes.count(name))
             chosen = [i for i, value in enumerate(classes) if value == name]
             for layer in self.layers:
                 for part, start in (("k", layer.offset), ("v", layer.offset + layer.width)):
@@ -102,6 +111,10 @@ class RowStatistics:
                 self.mass[layer, time_bin, index] += float(mass[chosen].sum())
                 self.mass_count[layer, time_bin, index] += 1
 
+    def rows_per_prompt(self, name: str) -> float:
+        """How many rows of this class a prompt has, on average over the prompts that have any."""
+        return float(np.mean(self.counts[name])) if self.counts[name] else 0.0
+
     def mean_mass(self) -> Array:
         """(layers, time bins, classes): mean share of attention, over prompts that have the class."""
         return np.asarray(self.mass / np.maximum(self.mass_count, 1))
@@ -112,7 +125,9 @@ class RowStatistics:
         for name in CLASSES:
             numbers = [m.as_numbers() for (kind, _, _), m in self.moments.items() if kind == name]
             if numbers:
-                result[name] = {key: float(np.mean([n[key] for n in numbers])) for key in ("kurtosis", "error8", "error4")}
+                result[name] = {
+                    key: float(np.mean([n[key] for n in numbers])) for key in ("kurtosis", "error8", "error4")
+                }
                 result[name]["absmax"] = max(n["absmax"] for n in numbers)
                 result[name]["mass"] = float(self.mean_mass()[:, :, CLASSES.index(name)].mean())
         return result

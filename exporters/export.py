@@ -42,7 +42,7 @@ from .store import write_graph
 from .tokenizer import write_tokenizer
 from .weights import CheckpointWeights, open_weights
 
-EXPORTER_VERSION = "1"
+EXPORTER_VERSION = "3"
 REFERENCE = "reference.safetensors"
 Progress = Callable[[str], None]
 
@@ -99,7 +99,9 @@ def export_checkpoint(
     sizes = read_manifest(folder).sizes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = time.perf_counter() - started
-    return ExportResult(folder, key, sizes.unet, sizes.unet_fp16, sizes.unet_fp32, ("onnxruntime",), seconds, peak, reused)
+    return ExportResult(
+        folder, key, sizes.unet, sizes.unet_fp16, sizes.unet_fp32, ("onnxruntime",), seconds, peak, reused
+    )
 
 
 @dataclass
@@ -126,7 +128,9 @@ def check_fits(spec_file: SpecFile, card: Card, parts: dict[str, str]) -> None:
         ("provenance.checkpoint_sha256", parts["weights"], spec.provenance.checkpoint_sha256),
     ):
         if found != wanted:
-            raise SpecError(f"spec {spec.name}: {field}: must be {wanted}, got {found!r}; run 'personalq calibrate {card.id}'")
+            raise SpecError(
+                f"spec {spec.name}: {field}: must be {wanted}, got {found!r}; run 'personalq calibrate {card.id}'"
+            )
 
 
 def is_intact(folder: Path) -> bool:

@@ -77,7 +77,9 @@ def _quantise(
         node.replace_input_with(0, quantise_dequantise(build, node.inputs[0], scale, quantised))
     stored = integer_weight(layer, decision, tensors)
     weight = add_initializer(model.graph, stored.name, ir.tensor(np.zeros(1, np.int8), name=stored.name))
-    if stored.dtype == ir.DataType.INT4:  # stored in 4 bits; folded to int8 when the session opens, so kernels stay integer
+    if (
+        stored.dtype == ir.DataType.INT4
+    ):  # stored in 4 bits; folded to int8 when the session opens, so kernels stay integer
         model.graph.opset_imports[""] = 21
         weight = build("Cast", weight, to=ir.DataType.INT8)
     scale_value = build.constant(np.asarray(tensors[f"{layer.name}.weight_scale"], np.float32))
@@ -103,10 +105,15 @@ def quantise_dequantise(build: Builder, value: ir.Value, scale: np.float32, quan
 
 
 def _quantise_output(build: Builder, node: ir.Node, scale: np.float32) -> None:
-    readers = [(use.node, use.idx) for use in node.outputs[0].uses()]
-    result = quantise_dequantise(build, node.outputs[0], scale, {})
+    old = node.outputs[0]
+    readers = [(use.node, use.idx) for use in old.uses()]
+    result = quantise_dequantise(build, old, scale, {})
     for reader, index in readers:
         reader.replace_input_with(index, result)
+    if old in build.graph.outputs:
+        result.name, old.name = old.name, f"{old.name}_float"
+        result.type, result.shape = old.type, old.shape
+        build.graph.outputs[list(build.graph.outputs).index(old)] = result
 
 
 def integer_weight(layer: LayerNode, decision: LayerSpec, tensors: dict[str, Array]) -> StoredTensor:

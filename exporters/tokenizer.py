@@ -37,7 +37,9 @@ def _tokenizer_json(folder: Path) -> str:
     if file.is_file():
         return file.read_text()
     if not (folder / "vocab.json").is_file():
-        raise RepositoryError(f"{folder}: must hold tokenizer.json or vocab.json and merges.txt, got neither; add the whole base folder")
+        raise RepositoryError(
+            f"{folder}: must hold tokenizer.json or vocab.json and merges.txt, got neither; add the whole base folder"
+        )
     from transformers import CLIPTokenizer
 
     return str(CLIPTokenizer.from_pretrained(folder).backend_tokenizer.to_str())

@@ -18,8 +18,8 @@ from .atomic import write_atomic
 from .errors import SpecError
 from .rows import KeptTokens, RowLayer
 
-SCHEMA_VERSION = 1
-FORMAT = "personalq-taq-spec"
+SCHEMA_VERSION: Literal[1] = 1
+FORMAT: Literal["personalq-taq-spec"] = "personalq-taq-spec"
 
 
 class Frozen(BaseModel):

@@ -14,15 +14,17 @@ from personalq.spec import read_spec
 FEW = {"samples": 2, "steps": 2}
 
 
-def test_spec_covers_every_layer_of_the_step_path_and_keeps_trigger_and_bos(rex):
+def test_spec_covers_every_layer_of_the_step_path_and_keeps_the_trigger(rex):
     result = calibrate(rex, "rex", CalibrateOptions(**FEW))
     unet = load_pipeline(rex, rex.card("rex")).unet
     spec = read_spec(result.spec_path).spec
     assert set(spec.layers) == set(quantisable_layers(unet))
     assert not [name for name in spec.layers if name.endswith(("attn2.to_k", "attn2.to_v"))]
     assert spec.rows.kept.trigger == ((spec.rows.kept.trigger[0][0],),)
-    assert spec.rows.kept.bos
-    assert result.kept_tokens == ("sks", "<BOS>")
+    assert result.kept_tokens[0] == "sks"
+    assert spec.rows.reasons["trigger"] == "carries the concept"
+    for name in ("bos", "class_noun", "eos", "pad"):
+        assert ("not kept" in spec.rows.reasons[name]) is not bool(getattr(spec.rows.kept, name)), name
     assert all(layer.reason for layer in spec.layers.values() if layer.weight == "float")
 
 
@@ -42,9 +44,9 @@ def test_reference_policy_quantises_nothing_and_says_so(rex):
 
 
 def test_unknown_policy_and_width_are_refused(rex):
-    with pytest.raises(SpecError, match="policy: must be one of .*taq.*, got 'magic'"):
+    with pytest.raises(SpecError, match=r"policy: must be one of .*taq.*, got 'magic'"):
         calibrate(rex, "rex", CalibrateOptions(policy="magic", **FEW))
-    with pytest.raises(SpecError, match="bits: must be one of .*w8a8.*, got 'w1a1'"):
+    with pytest.raises(SpecError, match=r"bits: must be one of .*w8a8.*, got 'w1a1'"):
         calibrate(rex, "rex", CalibrateOptions(bits="w1a1", **FEW))
 
 
@@ -87,7 +89,12 @@ def test_prompts_are_seeded_and_three_in_four_call_the_trigger():
 
 @pytest.mark.parametrize(
     ("trigger", "noun", "expected"),
-    [(("sks",), "dog", "sks dog"), (("a sks dog",), "dog", "a sks dog"), (("bnha style",), "style", "bnha style"), ((), "mug", "mug")],
+    [
+        (("sks",), "dog", "sks dog"),
+        (("a sks dog",), "dog", "a sks dog"),
+        (("bnha style",), "style", "bnha style"),
+        ((), "mug", "mug"),
+    ],
     ids=["token", "phrase with noun", "style", "no trigger"],
 )
 def test_subject_says_trigger_and_noun_once(trigger, noun, expected):

@@ -56,7 +56,7 @@ def test_tiny_activations_get_the_smallest_scale_fp16_can_hold():
 
 
 def test_only_zeros_are_refused_with_the_layers_name():
-    with pytest.raises(SpecError, match="mid.conv: needs an activation other than 0, got only zeros; add prompts"):
+    with pytest.raises(SpecError, match=r"mid\.conv: needs an activation other than 0, got only zeros; add prompts"):
         filled(np.zeros(4, np.float32)).scale(INT8, "mse", "mid.conv")
 
 

@@ -44,7 +44,9 @@ def test_taq_bundle_passes_its_checks_on_integer_kernels(exported):
 def test_integers_on_disk_are_the_specs_arithmetic(exported):
     repository, results = exported
     bundle, spec = results["taq"].bundle, read_spec(spec_path(repository, "taq-w8a8"))
-    weights = open_weights(repository.base_dir(repository.card("rex")), repository.checkpoint_dir("rex"), "lora").component("unet")
+    weights = open_weights(
+        repository.base_dir(repository.card("rex")), repository.checkpoint_dir("rex"), "lora"
+    ).component("unet")
     graph = onnx.load(bundle / "unet.ort.onnx").graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     compared = 0
@@ -130,7 +132,13 @@ def test_a_killed_export_leaves_no_bundle(exported, tmp_path):
             break
     process.wait()
     process.stdout.close()
-    assert not results["fp32"].bundle.exists() or not check_files(results["fp32"].bundle, read_manifest(results["fp32"].bundle))
+    assert not results["fp32"].bundle.exists() or not check_files(
+        results["fp32"].bundle, read_manifest(results["fp32"].bundle)
+    )
     export_checkpoint(repository, "rex", spec_path(repository, "fp32"))
     assert verify_bundle(results["fp32"].bundle).passed
-    assert not [problem for problem in repository.check(fix=True) if "orphan" not in str(problem).lower() and "left" not in str(problem).lower()]
+    assert not [
+        problem
+        for problem in repository.check(fix=True)
+        if "orphan" not in str(problem).lower() and "left" not in str(problem).lower()
+    ]
