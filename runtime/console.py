@@ -98,8 +98,8 @@ class Commands(click.Group):
 def start_logging() -> None:
     """Send warnings of every room to stderr, and keep the libraries below quiet unless the user asks them to speak."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="personalq: %(message)s")
-    for library in ("TRANSFORMERS", "DIFFUSERS"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error"), ("TQDM_DISABLE", "1")):
+        os.environ.setdefault(name, value)
 
 
 def reports(function: Callable[..., Result]) -> Callable[..., None]:
@@ -169,9 +169,10 @@ def _is_table(value: Any) -> bool:
 
 
 def _cell(value: Any) -> str:
-    """A value as people read it: no brackets, hashes cut short, four digits."""
+    """A value as people read it: no brackets, long lists one item a line, hashes cut short, four digits."""
     if isinstance(value, list | tuple):
-        return ", ".join(_cell(item) for item in value)
+        items = [_cell(item) for item in value]
+        return (", " if sum(map(len, items)) <= 80 else "\n").join(items)
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: ""}[value]
     text = f"{value:.4g}" if isinstance(value, float) else str(value)

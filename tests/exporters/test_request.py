@@ -1,0 +1,39 @@
+"""Which spec and which targets an export means."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from exporters.request import export_request, last_spec
+from personalq.errors import EngineError, SpecError
+from personalq.repository import Repository
+
+
+def write_specs(root: Path, *names: str) -> Repository:
+    """Specs of the checkpoint `me/dog`, each a minute newer than the one before."""
+    folder = root / "specs" / "me%2Fdog"
+    folder.mkdir(parents=True)
+    for age, name in enumerate(names):
+        (folder / f"{name}.json").write_text("{}")
+        os.utime(folder / f"{name}.json", (1e9 + 60 * age, 1e9 + 60 * age))
+    return Repository(root)
+
+
+def test_the_newest_spec_is_meant(tmp_path: Path) -> None:
+    assert last_spec(write_specs(tmp_path, "taq-w4a8", "taq-w8a8"), "me/dog").stem == "taq-w8a8"
+
+
+def test_a_reference_is_meant_only_when_there_is_nothing_else(tmp_path: Path) -> None:
+    assert last_spec(write_specs(tmp_path / "a", "taq-w8a8", "fp32"), "me/dog").stem == "taq-w8a8"
+    assert last_spec(write_specs(tmp_path / "b", "fp32", "fp16"), "me/dog").stem == "fp16"
+
+
+def test_no_spec_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"^me/dog: must have a spec .* got none; run 'personalq calibrate me/dog'$"):
+        last_spec(write_specs(tmp_path), "me/dog")
+
+
+def test_a_target_that_this_version_cannot_make_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"must be one that this version makes \(onnxruntime\), got 'tensorrt'"):
+        export_request(Repository(tmp_path), "me/dog", None, ["onnxruntime", "tensorrt"])
