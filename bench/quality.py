@@ -10,6 +10,7 @@ counted from the bundle's files. Differences between policies are paired and car
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ class Plan:
 
 def measure_checkpoint(plan: Plan, checkpoint_id: str) -> list[dict[str, Any]]:
     """Rows of one checkpoint, one per policy, each with its per-picture numbers."""
+    from calibration.calibrate import CalibrateOptions, gather
     from gallery.concepts import evaluation_prompts, reference_images
     from gallery.judge import Judge
     from personalq.repository import Repository
@@ -48,9 +50,11 @@ def measure_checkpoint(plan: Plan, checkpoint_id: str) -> list[dict[str, Any]]:
     repository, judge = Repository.open(plan.repository), Judge.load()
     prompts = evaluation_prompts(checkpoint_id)[: plan.prompts]
     references = reference_images(checkpoint_id, 32, 900)
-    reference, rows = None, []
+    reference, rows, shared = None, [], None
     for policy in dict.fromkeys(("fp32", *plan.policies)):
-        made = export(repository, checkpoint_id, policy)
+        if policy != "fp32" and shared is None:
+            shared = gather(repository, repository.card(checkpoint_id), CalibrateOptions())
+        made = export(repository, checkpoint_id, policy, shared)
         images = np.concatenate(list(draw(made["bundle"], prompts, plan.seeds)))
         reference = images if reference is None else reference
         pictures = {
@@ -64,16 +68,17 @@ def measure_checkpoint(plan: Plan, checkpoint_id: str) -> list[dict[str, Any]]:
     return rows
 
 
-def export(repository: Any, checkpoint_id: str, policy: str) -> dict[str, Any]:
-    """Calibrate and export one checkpoint under '<policy>-<bits>' or 'fp32'."""
+def export(repository: Any, checkpoint_id: str, policy: str, evidence: Any = None) -> dict[str, Any]:
+    """Calibrate and export one checkpoint under '<policy>-<bits>' or 'fp32'; policies share the evidence."""
     from calibration.calibrate import CalibrateOptions, calibrate
     from exporters.export import export_checkpoint
 
-    name, _, bits = policy.partition("-")
-    spec = calibrate(repository, checkpoint_id, CalibrateOptions(policy=name, bits=bits or "w8a8"))
+    name, bits = (policy, "w8a8") if policy == "fp32" else policy.rsplit("-", 1)
+    options = CalibrateOptions(policy=name, bits=bits)
+    spec = calibrate(repository, checkpoint_id, options, evidence=None if policy == "fp32" else evidence)
     result = export_checkpoint(repository, checkpoint_id, spec.spec_path)
     facts = {
-        "bits": bits or "fp32",
+        "bits": "fp32" if policy == "fp32" else bits,
         "bytes": result.bytes,
         "bytes_fp32": result.bytes_fp32,
         "calibration_seconds": round(spec.seconds, 2),
@@ -150,6 +155,7 @@ def main(
     """Measure quality over the gallery; a table, then one JSON object as the last line."""
     from personalq.repository import Repository
 
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker: more would only wait for each other
     started = time.perf_counter()
     plan = Plan(repo, tuple(policies.split(",")), 3 if quick else prompts, 1 if quick else seeds)
     repository = Repository.open(repo)
