@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
+from personalq.atomic import write_atomic
 from personalq.card import Card, folder_name
 from personalq.identity import family_key, read_configs, weights_sha256
 from personalq.repository import Repository
@@ -25,6 +26,7 @@ from .model import load_pipeline, quantisable_layers
 from .policies import Tokens
 from .prompts import calibration_prompts, prompts_sha256
 from .reference import write_reference
+from .report import report_html
 from .statistics import LayerRanges
 
 REFERENCE = "reference.safetensors"
@@ -34,7 +36,10 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """policy: see calibration.policies, or 'fp32' / 'fp16' (nothing quantised). samples: prompts run through all steps."""
+    """policy: see calibration.policies, or 'fp32' / 'fp16' (nothing quantised). samples: prompts run through all steps.
+
+    budget_bytes: share this many bytes of layer weights out by harm. report: an HTML page to write.
+    """
 
     policy: str = "taq"
     bits: str = "w8a8"
@@ -42,6 +47,7 @@ class CalibrateOptions:
     samples: int = 8
     steps: int = 25
     seed: int = 0
+    report: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ def calibrate(
         write_reference(evidence.pipe, card, reference, **sampling_defaults(repository.base_dir(card)))
     spec_file, kept = build_spec(repository, card, evidence, options)
     path = spec_file.write(folder / f"{spec_file.spec.name}.json")
+    if options.report is not None and options.policy not in FLOAT_POLICIES:
+        write_atomic(options.report, report_html(evidence, spec_file.spec).encode())
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return CalibrateResult(path, spec_file, kept, len(spec_file.spec.layers), seconds, peak)
 

@@ -30,6 +30,7 @@ EXTRAS = {
     "onnxscript": "export",
     "ml_dtypes": "export",
     "scipy": "export",
+    "matplotlib": "export",
     "onnxruntime": "cpu",
     "openvino": "openvino",
     "tensorrt": "tensorrt",
