@@ -37,12 +37,13 @@ def wrapped(words: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Ima
 
 def base_sheet(work: Path, columns: int = 8, rows: int = 4) -> Image.Image:
     """Held-out captions and what the base draws for them, unselected."""
-    images, font = np.load(picture_file(work, "base"))[: columns * rows], ImageFont.load_default(11)
+    images, font = np.load(picture_file(work, "base")), ImageFont.load_default(11)
     captions, text = base_cases(len(images))[1], 46
+    shown = list(zip(images, captions, strict=True))[: columns * rows]
     step = CELL + GAP
     sheet = Image.new("RGB", (columns * step + GAP, rows * (step + text) + GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (image, words) in enumerate(zip(images, captions, strict=True)):
+    for i, (image, words) in enumerate(shown):
         x, y = GAP + i % columns * step, GAP + i // columns * (step + text)
         sheet.paste(enlarged(image), (x, y))
         draw.multiline_text(
