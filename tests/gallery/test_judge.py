@@ -47,7 +47,7 @@ def test_a_picture_scores_its_own_caption_above_another(judge: Judge) -> None:
     prompts = [caption(s, rng) for s in scenes]
     own, other = judge.prompt_score(images, prompts), judge.prompt_score(images, prompts[1:] + prompts[:1])
     assert own.dtype == np.float32
-    assert own.mean() > 0.95
+    assert own.mean() > 0.9
     assert other.mean() < 0.6
 
 
