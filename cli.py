@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,9 +61,7 @@ def add(sources: tuple[Path, ...], cards: Path | None, base: str, card_id: str, 
     result += repository.add_cards(cards) if cards else AddResult()
     for refused in result.refused:
         click.echo(f"personalq: {refused.reason}", err=True)
-    lines = [f"added base {name}" for name in bases]
-    lines += ["\n  note: ".join((f"added {one.id} ({one.kind})", *one.warnings)) for one in result.added]
-    return Result({**result.to_json(), "bases": bases}, lines, 1 if result.refused else 0)
+    return Result({**result.to_json(), "bases": bases}, code=1 if result.refused else 0)
 
 
 @cli.command("ls")
@@ -244,8 +240,8 @@ def diff(a: Path, b: Path) -> Result:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(name: str, arguments: tuple[str, ...]) -> None:
     """Run one benchmark of bench/; its options follow its NAME. The last line is one JSON object."""
-    names = sorted(file.stem for file in Path(__file__).with_name("bench").glob("[!_]*.py"))
-    if name not in names:
-        raise click.UsageError(f"NAME must be one of {', '.join(names)}, got {name!r}")
-    sys.argv = [f"bench {name}", *arguments]
-    runpy.run_module(f"bench.{name}", run_name="__main__", alter_sys=True)
+    from bench import names, run
+
+    if name not in names():
+        raise click.UsageError(f"NAME must be one of {', '.join(names())}, got {name!r}")
+    run(name, arguments)
