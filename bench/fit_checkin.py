@@ -35,6 +35,7 @@ from personalq.checkin.rank import (
     Model,
     Scorer,
     distances,
+    fits_nothing,
     none_features,
     posterior,
     scores,
@@ -43,7 +44,7 @@ from personalq.checkin.words import terms
 
 DATA = Path("tests/data")
 SUB_WEIGHT = 0.7
-L2 = 3e-3
+L2 = 6e-3
 
 
 class CachingEncoder(Encoder):
@@ -206,7 +207,7 @@ def _fit_logit(x: NDArray[np.float32], y: NDArray[np.bool_], weights: NDArray[np
     return Linear(mean, std, model.coef_[0].astype(np.float32), float(model.intercept_[0]))
 
 
-def _fit_card(examples: list[Example], *, n_hidden: int = 12, steps: int = 250) -> Scorer:
+def _fit_card(examples: list[Example], *, n_hidden: int = 16, steps: int = 250) -> Scorer:
     """Minimise the cross-entropy between the posterior and a target uniform over the right cards (or on none)."""
     torch.manual_seed(0)
     lengths = np.array([len(e.right) for e in examples])
@@ -244,7 +245,7 @@ def _fit_card(examples: list[Example], *, n_hidden: int = 12, steps: int = 250) 
 def decide(model: Model, evidence: Evidence) -> tuple[str, NDArray[np.float32]]:
     """Return the decision and the posterior: the rule that check-in applies."""
     p, none = posterior(scores(model, evidence))
-    if float(model.none(none_features(evidence, p, none))) > 0:
+    if fits_nothing(model, evidence, p, none):
         return "abstain", p
     is_open = len(p) > 1 and np.partition(distances(model.ask, evidence, p), 1)[1] < model.ask.limit
     return ("clarify" if is_open else "select"), p

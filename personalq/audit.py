@@ -124,6 +124,12 @@ def manifest(folder: Path) -> dict[str, Any]:
     return _json_object(folder / "manifest.json")
 
 
+def made_at(folder: Path) -> int:
+    """Return when a bundle was written, in ns: its manifest's time, as engines built later touch the folder."""
+    file = folder / "manifest.json"
+    return file.stat().st_mtime_ns if file.is_file() else 0
+
+
 def card_files(place: Path, listing: str) -> list[Path]:
     """Return every file in ``place`` that holds cards, sorted."""
     files = [place / listing, *(folder / "card.json" for folder in folders(place))]

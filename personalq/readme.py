@@ -18,7 +18,8 @@ Found = dict[str, tuple[Any, str, float]]
 
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _TEMPLATE = re.compile(
-    r"^(?:an?|the|my)?\s*(?:photo|picture|image|painting|drawing|rendering|pixel picture|portrait|close-?up)s?\s+of\s+(?:an?\s+|the\s+|my\s+)?"
+    r"^(?:an?|the|my)?\s*(?:photo|picture|image|painting|drawing|rendering|pixel picture|portrait|close-?up)s?\s+of\s+"
+    r"(?:an?\s+|the\s+|my\s+)?"
     r"|^(?:a |an )?(?:[\w ]{0,20} )?in the style of\s+|^(?:an?|the|my)\s+",
     re.IGNORECASE,
 )
@@ -27,7 +28,7 @@ _CUES = (
     (re.compile(r"instance[_ ]prompt`?[\s:*`\"']{1,8}([^\n*`\"]{2,200})", re.IGNORECASE), 0.8),
     (re.compile(r"this is the\s+[`*\"']*(<[^>\n]{1,60}>)[`*\"']*\s+concept", re.IGNORECASE), 0.9),
     (re.compile(r"weights were trained on\s+[`*\"']*([^\n`*\"]{2,200}?)[`*\"']*\s+using", re.IGNORECASE), 0.7),
-    (re.compile(r"trigger(?:ed)?(?: words?| tokens?| phrases?)?\s*(?:is|are|:)\s*[`*\"']+([^`*\"\n]{1,200})", re.IGNORECASE), 0.7),
+    (re.compile(r"trigger(?: words?| tokens?| phrases?)?\s*(?:is|are|:)\s*[`*\"']+([^`*\"\n]{1,200})", re.IGNORECASE), 0.7),
 )  # fmt: skip
 _PLACEHOLDERS = frozenset({"", "-", "null", "none", "n/a"})
 

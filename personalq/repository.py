@@ -149,7 +149,8 @@ class Repository:
         here = ", ".join(self.bases()) or "none"
         wanted = repr(card.base) if card.base else "no base on its card"
         raise RepositoryError(
-            f"checkpoint {card.id!r}: base must be one in this repository ({here}), got {wanted}; add it with 'personalq add --base'"
+            f"checkpoint {card.id!r}: base must be one in this repository ({here}), got {wanted}; "
+            "add it with 'personalq add --base'"
         )
 
     def bases(self) -> list[str]:
@@ -293,7 +294,8 @@ class Repository:
         folder = self._folder(read.card.id)
         if folder.exists() and not replace:
             raise RepositoryError(
-                f"checkpoint {read.card.id!r}: must be new, got an id that is here; remove it first with 'personalq rm {read.card.id}'"
+                f"checkpoint {read.card.id!r}: must be new, got an id that is here; "
+                f"remove it first with 'personalq rm {read.card.id}'"
             )
         with atomic_directory(folder, replace=replace) as place:
             record = _copy([(n, f) for n, f in read.files if n != "card.json"], place)
@@ -306,7 +308,7 @@ class Repository:
     def _bundles_by_id(self) -> dict[str, list[Path]]:
         found: dict[str, list[Path]] = {}
         folders = audit.folders(self.root / "bundles")
-        for folder in sorted(folders, key=lambda p: (p.stat().st_mtime_ns, p.name)):
+        for folder in sorted(folders, key=lambda p: (audit.made_at(p), p.name)):
             checkpoint = audit.manifest(folder).get("checkpoint")
             if isinstance(checkpoint, dict) and isinstance(checkpoint.get("id"), str):
                 found.setdefault(checkpoint["id"], []).append(folder)

@@ -20,13 +20,14 @@ from .encoder import Encoder, shared_encoder
 from .explain import MAX_OPTIONS, explained_words, option_order, option_texts, question, reasons
 from .features import Evidence, gather
 from .index import Index, build_index, load_index, save_index
-from .rank import Model, distances, none_features, posterior, scores, shipped_model
+from .rank import Model, distances, fits_nothing, posterior, scores, shipped_model
 from .rewrite import rewrite
 
 MAX_QUESTIONS = 2
 MAX_ANSWERS = 8
 _SHOWN = 10
-_REACH = 2.0  # an answer may bring back candidates this much farther behind than the question's own limit
+_STILL_OPEN = 0.75  # share of the leader's probability that keeps a candidate open after an answer
+_REACH = 5.0  # an answer may bring back candidates this much farther behind than the question's own limit
 
 
 class Checkin:
@@ -47,23 +48,20 @@ class Checkin:
         _refuse_unusable(request, answers)
         evidence = gather(request, self.cards, self.index, self._encoder)
         p, none = posterior(scores(self._model, evidence))
-        is_none = not len(p) or float(self._model.none(none_features(evidence, p, none))) > 0
-        candidates = self._candidates(evidence, p)
-        if is_none and not answers:
-            return _abstain(candidates, started)
+        if fits_nothing(self._model, evidence, p, none):
+            if answers and len(p) and not says_none(answers[0]):  # the answer may name what the request did not
+                return self.ask(f"{answers[0]}, {request}", answers[1:])
+            return _abstain(self._candidates(evidence, p), started)
         open_ = self._open(evidence, p)
-        if is_none or len(open_) < 2:
-            return self._select(evidence, int(p.argmax()), candidates, started)
-        for turn, answer in enumerate(answers):
+        for turn, answer in enumerate(answers[:MAX_QUESTIONS]):
             p_or_none = self._fold(evidence, p, open_, answer)
             if p_or_none is None:
-                return _abstain((), started)
+                return _abstain(self._candidates(evidence, p), started)
             p = p_or_none
-            open_ = self._open(evidence, p) if turn + 1 < MAX_QUESTIONS else open_[:0]
-            candidates = self._candidates(evidence, p)
-            if len(open_) < 2:
-                return self._select(evidence, int(p.argmax()), candidates, started)
-        return self._clarify(evidence, open_, candidates, started)
+            open_ = np.flatnonzero(p >= _STILL_OPEN * p.max()) if turn + 1 < MAX_QUESTIONS else open_[:1]
+        if len(open_) > 1:
+            return self._clarify(evidence, open_, self._candidates(evidence, p), started)
+        return self._select(evidence, int(p.argmax()), self._candidates(evidence, p), started)
 
     def _open(self, evidence: Evidence, p: NDArray[np.float32]) -> NDArray[np.int64]:
         """Return the columns that the request leaves open, most probable first."""

@@ -27,8 +27,8 @@ def reasons(evidence: Evidence, column: int) -> tuple[str, ...]:
     if evidence.trigger[column] > 0:
         found.append("trigger said")
     for field, name in enumerate(FIELDS):
-        row = evidence.match[:, field, column]
-        said = [word for word, value in zip(evidence.terms.texts, row, strict=True) if value >= _SHOWN]
+        row = zip(evidence.terms.texts, evidence.match[:, field, column], strict=True)
+        said = [word for word, value in row if value >= _SHOWN]
         if said:
             found.append(f"{name}: {', '.join(said[:6])}")
     for name, label in (("family", "base"), ("kind", "kind")):

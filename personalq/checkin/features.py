@@ -39,6 +39,7 @@ _COLOURS = frozenset(
 _FILLER = frozenset(
     stem(w) for w in ("photo", "picture", "image", "style", "look", "art", "version", "model", "lora", "page")
 )
+_OWNED = re.compile(r"(?P<owner>[^\W_]+)['\u2019]s\s+(?P<thing>.+)")
 Matrix = NDArray[np.float32]
 
 
@@ -70,7 +71,7 @@ class Evidence:
 def gather(request: str, cards: Sequence[Card], index: Index, encoder: Encoder) -> Evidence:
     """Shortlist cards for a request and describe how each of them fits."""
     intent = parse_request(respell(request[:MAX_REQUEST], index, encoder))
-    words_ = _request_terms(intent)
+    words_ = _request_terms(intent, index)
     request_terms = expand(words_, index)
     unknown = _unknown_phrases(words_, request_terms)
     vectors = encoder.encode([intent.text, intent.head or intent.text, *unknown])
@@ -97,14 +98,23 @@ def gather(request: str, cards: Sequence[Card], index: Index, encoder: Encoder) 
     return Evidence(places, features, trigger, match, request_terms, intent)
 
 
-def _request_terms(intent: Intent) -> list[tuple[str, int]]:
-    """Return (word, zone) in order, without stop words and repeats; a word keeps its first, strongest zone."""
+def _request_terms(intent: Intent, index: Index) -> list[tuple[str, int]]:
+    """Return (word, zone) in order, without stop words and repeats; a word keeps its first, strongest zone.
+
+    In 'my dog's bowl' the bowl is scenery if there are cards of dogs and none of bowls.
+    """
+    owned = _OWNED.search(intent.head)
+    belongings = set(words(owned["thing"])) if owned and _is_about_owner(owned, index) else set()
     found: dict[str, int] = {}
     for zone, text in enumerate((intent.head, intent.attribute, intent.scene)):
         for word in words(text):
             if word not in STOP and len(found) < 40:
-                found.setdefault(word, zone)
+                found.setdefault(word, 2 if word in belongings else zone)
     return list(found.items())
+
+
+def _is_about_owner(owned: re.Match[str], index: Index) -> bool:
+    return fold(owned["owner"]) in index.phrases and not any(w in index.phrases for w in words(owned["thing"]))
 
 
 def respell(text: str, index: Index, encoder: Encoder) -> str:
@@ -264,7 +274,6 @@ def _columns(
     all_any = _cover(anywhere, terms_.weights, head | attribute)
     name_cover, name_weight = _name_cover(terms_, index, places, np.maximum(name, triggers))
     scene_any = _cover(np.maximum(anywhere, 0), terms_.weights, scene)
-    nothing = np.zeros(len(places), np.float32)
     wants_style = float(intent.has_style_cue)
     return {
         "head_any": head_any,
@@ -276,9 +285,9 @@ def _columns(
         "scene_any": scene_any,
         "scene_style": scene_any * is_style,
         "source": _cover(np.where(anywhere > 0, 0, source), terms_.weights, head | attribute | scene),
-        "noun_class": np.maximum(noun, tags)[last] * (1 - is_style) if last >= 0 else nothing,
-        "noun_any": anywhere[last] * (1 - is_style) if last >= 0 else nothing,
-        "noun_style": anywhere[last] * is_style if last >= 0 else nothing,
+        "noun_class": np.maximum(noun, tags)[last].max(0, initial=0.0) * (1 - is_style),
+        "noun_any": anywhere[last].max(0, initial=0.0) * (1 - is_style),
+        "noun_style": anywhere[last].max(0, initial=0.0) * is_style,
         "name_cover": name_cover,
         "name_weight": name_weight,
         "head_regret": head_any.max(initial=0.0) - head_any,
@@ -306,10 +315,10 @@ def _cover(match: Matrix, weights: Matrix, mask: NDArray[np.bool_]) -> Matrix:
     return np.asarray((weights[mask, None] * match[mask]).sum(0) / total, np.float32)
 
 
-def _head_noun(terms_: Terms) -> int:
-    """Return the place of the last word of the head, which names what it is in English; -1 when there is none."""
-    head = [i for i in np.flatnonzero(terms_.zones == 0) if stem(terms_.texts[i]) not in _FILLER]
-    return int(head[-1]) if head else -1
+def _head_noun(terms_: Terms) -> list[int]:
+    """Return the place of the last word of the head, which names what it is in English; nothing without a head."""
+    head = [int(i) for i in np.flatnonzero(terms_.zones == 0) if stem(terms_.texts[i]) not in _FILLER]
+    return head[-1:]
 
 
 def _name_cover(terms_: Terms, index: Index, places: NDArray[np.int64], match: Matrix) -> tuple[Matrix, Matrix]:

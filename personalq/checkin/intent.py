@@ -57,7 +57,7 @@ _FAMILIES = (
     ("sdxl", re.compile(r"\b(?:sd[ -]?xl|stable[ -]diffusion[ -]xl|xl[ -]base|pony|illustrious)\b", re.IGNORECASE)),
     ("sd3", re.compile(r"\b(?:sd[ -]?3(?:\.5)?|stable[ -]diffusion[ -]3)\b", re.IGNORECASE)),
     ("sd2", re.compile(r"\b(?:sd[ -]?v?2(?:[.-][01])?|stable[ -]diffusion[ -]v?2)\b", re.IGNORECASE)),
-    ("sd1", re.compile(r"\b(?:sd[ -]?v?1(?:[.-][45])?|sd15|stable[ -]diffusion(?:[ -]v?1|(?![ -]?(?:v?[23]|xl))))", re.IGNORECASE)),
+    ("sd1", re.compile(r"\bsd(?:[ -]?v?1(?:[.-][45])?|15)|\bstable[ -]diffusion(?![ -]?(?:v?[23]|xl))", re.IGNORECASE)),
 )  # fmt: skip
 _NO_LORA = re.compile(r"\b(?:not|rather than|instead of|no)\s+(?:an?\s+)?lora\b", re.IGNORECASE)
 _KINDS = (

@@ -19,7 +19,9 @@ def map_safetensors(path: Path) -> dict[str, NDArray[Any]]:
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
         header = json.loads(file.read(min(length, path.stat().st_size)))
     data = (
-        np.memmap(path, np.uint8, "r", offset=8 + length) if path.stat().st_size > 8 + length else np.zeros(0, np.uint8)
+        np.asarray(np.memmap(path, np.uint8, "r", offset=8 + length))
+        if path.stat().st_size > 8 + length
+        else np.zeros(0, np.uint8)
     )
     arrays = {}
     for name, entry in header.items():

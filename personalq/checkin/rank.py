@@ -2,7 +2,7 @@
 
 z_i = clip((x_i - mean) / std),   score_i = w . z_i + v . tanh(U z_i + c) + b,
 p_i = exp(score_i) / (1 + sum_j exp(score_j)),   p_none = the rest.
-Twelve tanh units are there because facets depend on each other: a missing head noun is fatal for a thing and nothing
+Sixteen tanh units are there because facets depend on each other: a missing head noun is fatal for a thing and nothing
 for a style. The numbers are in model.json, fitted by ``bench/fit_checkin.py``.
 """
 
@@ -147,6 +147,15 @@ def distances(rule: AskRule, evidence: Evidence, p: Matrix) -> Matrix:
     behind = np.where(is_tied, rule.tie_shrink, 1.0) * gap + rule.lead_weight * np.maximum(ahead, -0.2)
     behind[leader] = 0.0
     return np.asarray(behind, np.float32)
+
+
+def fits_nothing(model: Model, evidence: Evidence, p: Matrix, none: float) -> bool:
+    """Tell whether no card is meant. A card that is the thing that was named, word for word, always fits."""
+    if not len(p):
+        return True
+    values = dict(zip(NONE_NAMES, none_features(evidence, p, none), strict=True))
+    is_named = values["noun_is_class"] >= 0.9 and values["unexplained"] < _TIED
+    return not is_named and float(model.none(np.array(list(values.values()), np.float32))) > 0
 
 
 def none_features(evidence: Evidence, p: Matrix, none: float) -> Matrix:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from personalq.card import MAX_TEXT, clean_text, folder_name, id_from_folder, parse_card, read_card, valid_id
@@ -36,6 +36,7 @@ def test_an_id_that_could_leave_its_folder_is_refused_with_the_reason(text: str,
         valid_id(text)
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1, max_size=40))
 def test_every_valid_id_maps_to_one_folder_name_and_back(text: str) -> None:
     try:
@@ -92,6 +93,7 @@ def test_a_broken_card_is_one_clear_line(text: str, message: str) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
@@ -114,6 +116,7 @@ def test_no_json_value_in_a_card_crashes_the_reader(value: object) -> None:
     assert json.loads(json.dumps(card.to_json()))["id"] == "a"
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_clean_text_is_printable_bounded_and_stable(text: str) -> None:
     cleaned = clean_text(text, 50)

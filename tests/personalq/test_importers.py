@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import toy_checkpoints as make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -16,8 +17,6 @@ from personalq.errors import PersonalQError, RepositoryError
 from personalq.header import read_header
 from personalq.importers import read_source
 from personalq.readme import read_readme, trigger_from_prompt
-
-import toy_checkpoints as make
 
 
 def test_a_lora_with_a_card_is_read_as_the_card_says(tmp_path: Path) -> None:
@@ -82,7 +81,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     file = folder / "pytorch_lora_weights.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(
-        RepositoryError, match="must be a whole safetensors file, got .* it is truncated or damaged, fetch it again"
+        RepositoryError, match=r"must be a whole safetensors file, got .* it is truncated or damaged, fetch it again"
     ):
         read_source(folder)
 
@@ -98,14 +97,14 @@ def test_a_source_without_weights_is_refused(tmp_path: Path, path: str, got: str
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
     save_file({"model.layer.weight": np.zeros(3, np.float32)}, tmp_path / "w.safetensors")
-    with pytest.raises(RepositoryError, match="must be a diffusers folder, a LoRA, .* got weights such as"):
+    with pytest.raises(RepositoryError, match=r"must be a diffusers folder, a LoRA, .* got weights such as"):
         read_source(tmp_path / "w.safetensors")
 
 
 def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
     folder = make.base(tmp_path / "b")
     (folder / "unet" / "u.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "u-1.safetensors"}}))
-    with pytest.raises(RepositoryError, match="must list files that are there, got 'u-1.safetensors' missing"):
+    with pytest.raises(RepositoryError, match=r"must list files that are there, got 'u-1.safetensors' missing"):
         read_source(folder)
 
 
@@ -150,6 +149,7 @@ def test_null_instance_prompts_and_dashes_are_no_trigger() -> None:
     assert "trigger" not in read_readme("---\ninstance_prompt: null\nwidget:\n- text: '-'\n---\n")
 
 
+@settings(deadline=None)
 @given(st.text(max_size=400), st.text(max_size=200))
 def test_no_readme_crashes(front: str, body: str) -> None:
     read_readme(f"---\n{front}\n---\n{body}")

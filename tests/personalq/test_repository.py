@@ -9,12 +9,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import toy_checkpoints as make
 
 from personalq.atomic import atomic_directory, write_atomic
 from personalq.errors import RepositoryError
 from personalq.repository import Repository
-
-import toy_checkpoints as make
 
 CATALOG = Path(__file__).parent.parent / "data" / "catalog_real.jsonl"
 
@@ -139,7 +138,7 @@ def test_bundles_are_found_by_their_checkpoint_and_checked(repository: Repositor
         (bundle / "w").write_bytes(content)
         files = {"w": {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}}
         (bundle / "manifest.json").write_text(json.dumps({"checkpoint": {"id": "x"}, "files": files}))
-        os.utime(bundle, (1000 if key == "k2" else 2000,) * 2)
+        os.utime(bundle / "manifest.json", (1000 if key == "k2" else 2000,) * 2)
     assert [b.name for b in repository.bundles("x")] == ["k2", "k1"] and repository.check() == []
     (repository.root / "bundles" / "k1" / "w").write_bytes(b"0ne")
     (problem,) = repository.check()
@@ -199,6 +198,6 @@ def test_write_atomic_replaces_the_whole_file(tmp_path: Path) -> None:
 
 
 def test_a_base_needs_a_model_index(repository: Repository, tmp_path: Path) -> None:
-    with pytest.raises(RepositoryError, match="must be a diffusers pipeline folder, got no model_index.json"):
+    with pytest.raises(RepositoryError, match=r"must be a diffusers pipeline folder, got no model_index.json"):
         repository.add_base(make.lora(tmp_path / "x"))
     assert repository.bases() == ["toy"]
