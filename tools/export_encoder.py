@@ -99,9 +99,20 @@ def int8_onnx_from(fp32: Path, out: Path) -> None:
     graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "last_axis"))
     del graph.node[:]
     graph.node.extend(nodes)
+    strip_trace(model)
     model.producer_name, model.doc_string = "personalq", "all-MiniLM-L6-v2, mean pooled and normalised, int8 weights"
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, out)
+
+
+def strip_trace(model: onnx.ModelProto) -> None:
+    """Remove what the tracer noted about itself: stack traces with the paths of the machine that exported."""
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    for part in (*model.graph.node, *model.graph.initializer, *model.graph.value_info, *model.functions):
+        part.doc_string = ""
+        del part.metadata_props[:]
+    del model.graph.value_info[:]
 
 
 def int8_from(weight: NDArray[np.float32], *, axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
