@@ -106,13 +106,15 @@ def int8_onnx_from(fp32: Path, out: Path) -> None:
 
 
 def strip_trace(model: onnx.ModelProto) -> None:
-    """Remove what the tracer noted about itself: stack traces with the paths of the machine that exported."""
+    """Remove what the tracer noted about itself: stack traces with the paths of the machine that exported.
+
+    The shapes stay: ONNX Runtime needs them to fuse a DequantizeLinear with its MatMul.
+    """
     del model.metadata_props[:]
     del model.graph.metadata_props[:]
     for part in (*model.graph.node, *model.graph.initializer, *model.graph.value_info, *model.functions):
         part.doc_string = ""
         del part.metadata_props[:]
-    del model.graph.value_info[:]
 
 
 def int8_from(weight: NDArray[np.float32], *, axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
