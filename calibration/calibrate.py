@@ -27,6 +27,8 @@ from .policies import Tokens
 from .prompts import calibration_prompts, prompts_sha256
 from .reference import write_reference
 from .report import report_html
+from .saved import NAME as STATISTICS
+from .saved import statistics_key
 from .statistics import LayerRanges
 
 REFERENCE = "reference.safetensors"
@@ -140,7 +142,9 @@ def gather(repository: Repository, card: Card, options: CalibrateOptions, progre
     tokens = card_tokens(pipe, card)
     guidance = sampling_defaults(repository.base_dir(card))["guidance"]
     recipe = Recipe(prompts, tokens.trigger, tokens.class_noun, options.steps, guidance, options.seed)
-    return Evidence(pipe, recipe, progress)
+    folder = repository.root / "specs" / folder_name(card.id)
+    key = statistics_key(weights_sha256(repository.base_dir(card), repository.checkpoint_dir(card.id)), recipe)
+    return Evidence(pipe, recipe, progress, folder / STATISTICS, key)
 
 
 def float_layers(ranges: dict[str, LayerRanges], reason: str) -> dict[str, LayerSpec]:

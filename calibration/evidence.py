@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from .attention import TriggerMap, watching_attention
 from .gptq import Hessian, columns
 from .model import cross_attention, encode, packed_rows, quantisable_layers
 from .reference import start_noise
+from .saved import load_observation, save_observation
 from .sensitivity import Harm, Points, layer_sensitivity
 from .statistics import N_TIME_BINS, LayerRanges, Observer, time_bin
 from .text_rows import RowStatistics, row_classes
@@ -56,11 +58,16 @@ class Observation:
 
 @dataclass
 class Evidence:
-    """pipe: the FP32 pipeline with the delta loaded; the parts below are computed once."""
+    """pipe: the FP32 pipeline with the delta loaded; the parts below are computed once.
+
+    saved, key: where an observation is kept between runs, and the hash of what it depends on (calibration.saved).
+    """
 
     pipe: StableDiffusionPipeline
     recipe: Recipe
     progress: Progress = field(default=lambda text, done: None)
+    saved: Path | None = None
+    key: str = ""
 
     @cached_property
     def row_layers(self) -> list[RowLayer]:
@@ -70,10 +77,17 @@ class Evidence:
     def seen(self) -> Observation:
         """Ranges, rows, attention mass and sensitivity points, from one pass over all prompts and steps."""
         unet, watcher = self.pipe.unet, Watcher(self)
+        found = load_observation(self.saved, self.key, unet, watcher.rows) if self.saved else None
+        if found is not None:
+            layers, points, samples = found
+            return Observation(layers, watcher.rows, points, samples)
         observer = Observer(unet)
         with observer.watching(), watcher.watching():
             self._denoise(watcher.start)
-        return Observation(observer.layers, watcher.rows, watcher.points(), observer.samples)
+        points = watcher.points()
+        if self.saved:
+            save_observation(self.saved, self.key, observer.layers, watcher.rows, points, observer.samples)
+        return Observation(observer.layers, watcher.rows, points, observer.samples)
 
     @cached_property
     def sensitivity(self) -> dict[str, dict[str, Harm]]:

@@ -59,12 +59,13 @@ class Histogram:
 
     def mse_clip(self, qtype: QType, steps: int = 80) -> float:
         """The clip value with the least expected squared error of a symmetric quantiser over this histogram."""
-        centres = (np.arange(BINS) + 0.5) * (self.limit / BINS)
         clips = np.linspace(1.0, 0.2, steps) * self.absmax
-        errors = [self._error(centres, clip / qtype.qmax, qtype) for clip in clips]
+        errors = [self.error(clip / qtype.qmax, qtype) for clip in clips]
         return float(clips[int(np.argmin(errors))])
 
-    def _error(self, centres: npt.NDArray[np.float64], scale: float, qtype: QType) -> float:
+    def error(self, scale: float, qtype: QType) -> float:
+        """Summed squared error of quantising everything seen with `scale`, each value taken at its bin's centre."""
+        centres = (np.arange(BINS) + 0.5) * (self.limit / BINS)
         restored = np.clip(np.rint(centres / scale), 0, qtype.qmax) * scale
         return float((self.counts * ((restored - centres) ** 2)).sum())
 

@@ -5,8 +5,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from personalq.numerics import INT8
 
 from .histogram import Histogram
 from .model import quantisable_layers
@@ -33,6 +36,15 @@ class LayerRanges:
 
     def output(self) -> Histogram:
         return _merge(self.outputs)
+
+
+def time_bin_gain_db(layer: LayerRanges) -> float:
+    """How much lower the input's squared error would be with one scale per time-step bin instead of a shared one, in dB."""
+    shared = float(layer.input().scale(INT8, "mse", "input"))
+    seen = [h for h in layer.inputs if h.absmax > 0]
+    together = sum(h.error(shared, INT8) for h in seen)
+    apart = sum(h.error(float(h.scale(INT8, "mse", "input")), INT8) for h in seen)
+    return float(10 * np.log10(max(together, 1e-30) / max(apart, 1e-30)))
 
 
 def _merge(histograms: list[Histogram]) -> Histogram:
