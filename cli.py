@@ -183,7 +183,7 @@ def verify(bundle: str) -> Result:
 @cli.command()
 @click.argument("request")
 @click.option("-o", "--out", type=PATH, required=True, help="PNG file to write.")
-@click.option("--checkpoint", default="", help="Draw with this checkpoint; REQUEST is the prompt as it stands.")
+@click.option("--checkpoint", default="", help="Draw with this checkpoint; Check-in only writes the prompt.")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps. Default: what the base recommends.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--target", type=TARGETS, default="onnxruntime", show_default=True)

@@ -47,13 +47,13 @@ def generate(
     settings: Settings | None = None,
     progress: Progress = lambda text, done: None,
 ) -> Generated:
-    """Draw `request` into the PNG file `out`. With `checkpoint`, the request is its prompt as it stands.
+    """Draw `request` into the PNG file `out`. With `checkpoint`, Check-in only writes its prompt.
 
     Raises CheckinError when no checkpoint fits or a question is open, EngineError when there is no bundle.
     """
     started, settings = time.perf_counter(), settings or Settings()
     progress("asking Check-in", 0.0)
-    checkpoint_id, prompt = (repository.card(checkpoint).id, request) if checkpoint else choose(repository, request)
+    checkpoint_id, prompt = named(repository, checkpoint, request) if checkpoint else choose(repository, request)
     found = Store(repository.root).find(checkpoint_id, settings.target)
     progress("opening the engine", 0.05)
     pipeline = Pipeline(open_engine(found.engine_name, found.bundle))
@@ -68,6 +68,14 @@ def generate(
     return Generated(
         checkpoint_id, prompt, str(out), found.engine_name, found.fallback_reason, round(seconds, 3), round(per_step, 4)
     )
+
+
+def named(repository: Repository, checkpoint: str, request: str) -> tuple[str, str]:
+    """The checkpoint a person named, and the request as its prompt: trigger put in where it is not there yet."""
+    from personalq.checkin.rewrite import prompt_for
+
+    card = repository.card(checkpoint)
+    return card.id, prompt_for(request, card)
 
 
 def choose(repository: Repository, request: str) -> tuple[str, str]:

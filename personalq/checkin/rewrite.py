@@ -6,8 +6,8 @@ import re
 from collections.abc import Set
 
 from ..card import Card
-from .intent import Intent, split_medium, style_parts
-from .words import STOP, fold, stem, words
+from .intent import Intent, parse_request, split_medium, style_parts
+from .words import STOP, fold, stem, terms, words
 
 _WORD = re.compile(r"[^\W_]+(?:[-'\u2019][^\W_]+)*")
 _SAME = re.compile(
@@ -45,6 +45,12 @@ def rewrite(intent: Intent, card: Card, explained: Set[str]) -> str:
     if is_style(card):
         return _styled(medium, prompt, card, group, explained)
     return _framed(medium, _placed(prompt, intent.head, concept_phrase(card, group), explained), card)
+
+
+def prompt_for(request: str, card: Card) -> str:
+    """Return the prompt for a card that is already chosen: the words it shares with the request are its own."""
+    texts = (card.name, card.class_noun, card.description, *card.tags)
+    return rewrite(parse_request(request), card, {word for text in texts for word in terms(text)})
 
 
 def is_style(card: Card) -> bool:
