@@ -81,7 +81,8 @@ def _framed(medium: str, prompt: str, card: Card) -> str:
 
 def _styled(medium: str, prompt: str, card: Card, group: str, explained: Set[str]) -> str:
     """Take the style's mention out of the prompt and name it at the end."""
-    content = _EDGE.sub("", _without_style(prompt, explained | set(words(card.name))))
+    rest = _without_style(prompt, explained | set(words(card.name)))
+    content = _EDGE.sub("", " ".join(rest.split()))
     if fold(group).startswith(("in the style", "image in the style")):
         ending = f", {group}"
     elif any(_has(fold(p), f"in {fold(group)}") for p in card.example_prompts) or "style" in words(group):
