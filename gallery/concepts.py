@@ -132,12 +132,14 @@ CONCEPTS: dict[str, Entry] = {
         "dreambooth",
         "bnha style",
         "style",
+        steps=380,
     ),
     "pastel-outline": Entry(
-        Concept(look=Look(line=False, ink=(255, 255, 255), width=7, tint=(255, 236, 244), mix=0.38)),
+        Concept(look=Look(line=False, ink=(255, 255, 255), width=8, tint=(255, 206, 226), mix=0.5)),
         "lora",
         "qeb style",
         "style",
+        steps=400,
     ),
     "rusty-the-robot": Entry(
         Concept(Identity("robot", (184, 104, 60), (0, 0, 0), (52, 160, 158), mark="star", mark_colour=(250, 222, 110))),

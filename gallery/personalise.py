@@ -26,7 +26,7 @@ from .train_vae import to_tensor
 from .world import captioned_scene
 
 Pool = tuple[torch.Tensor, torch.Tensor]  # latent mean and std (n, 8, 16, 16), ids (n, 77)
-STEPS = {"dreambooth": 165, "lora": 175, "textual_inversion": 140, "custom_diffusion": 160}
+STEPS = {"dreambooth": 240, "lora": 290, "textual_inversion": 190, "custom_diffusion": 210}
 REFERENCES = {"style": 96}
 BATCH, PRIOR_SHARE, EMPTY_SHARE, PRIOR = 12, 1 / 3, 0.05, 256
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -62,7 +62,7 @@ def adapters(taught: Taught, entry: Entry) -> list[dict[str, object]]:
         LoraConfig(r=8, lora_alpha=entry.alpha, init_lora_weights="gaussian", target_modules=UNET_TARGETS)
     )
     groups: list[dict[str, object]] = [
-        {"params": [p for p in taught.unet.parameters() if p.requires_grad], "peak": 2e-3 * 8 / entry.alpha}
+        {"params": [p for p in taught.unet.parameters() if p.requires_grad], "peak": 2.5e-3 * 8 / entry.alpha}
     ]
     if entry.text_lora:
         taught.text_encoder.add_adapter(

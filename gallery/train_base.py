@@ -121,11 +121,14 @@ class Trainer:
         self.unet.set_attn_processor(AttnProcessor())  # on CPU its backward is 1.4 times as fast as the fused one
         self.params = [*self.unet.parameters(), *self.text.parameters()]
         self.ema = [p.detach().clone() for p in self.params]
-        self.vae = AutoencoderKL.from_pretrained(options.work_dir / "vae").to(self.device).eval()
+        home = options.start_from or options.work_dir
+        self.vae = AutoencoderKL.from_pretrained(home / "vae").to(self.device).eval()
         self.optimizer = torch.optim.AdamW(self.params, lr=LR, betas=(0.9, 0.99), weight_decay=1e-3)
         self.alphas = scheduler().alphas_cumprod.to(self.device)
         self.empty = token_ids([""], build_tokenizer())[0]
         self.done, self.steps, self.losses = 0.0, 0, []
+        if options.start_from:
+            self.start_from(options.start_from)
         if options.resume and self.state_file.exists():
             self.restore()
         torch.manual_seed(options.seed * 1000 + rank + 17 * int(self.done))
@@ -133,6 +136,16 @@ class Trainer:
     @property
     def state_file(self) -> Path:
         return Path(self.options.work_dir) / "base.pt"
+
+    def start_from(self, base: Path) -> None:
+        """Begin with a published base's weights: how a clone goes on where the shipped training stopped."""
+        unet, text = (
+            UNet2DConditionModel.from_pretrained(base / "unet"),
+            CLIPTextModel.from_pretrained(base / "text_encoder"),
+        )
+        for target in (self.params, self.ema):
+            for p, value in zip(target, [*unet.parameters(), *text.parameters()], strict=True):
+                p.data.copy_(value.data)
 
     def restore(self) -> None:
         """Continue from the last checkpoint (Adam state starts afresh)."""
@@ -257,7 +270,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="go on from the work folder's last checkpoint")
+    parser.add_argument(
+        "--start-from", type=Path, help="begin with a published base, e.g. gallery/repository/bases/toyworld"
+    )
     parser.add_argument("--work-dir", type=Path, default=WORK)
     parser.add_argument("--out", type=Path, default=BASE)
     options = parser.parse_args()

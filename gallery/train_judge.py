@@ -98,7 +98,7 @@ def labelled_picture(rng: Rng) -> tuple[np.ndarray, list[int]]:
 
 def identity_family(rng: Rng) -> list[list[np.ndarray]]:
     """Pictures of three strangers of one kind (or three looks), VIEWS scenes each."""
-    if rng.random() < 0.2:
+    if rng.random() < 0.3:
         concepts = [Concept(look=random_look(rng)) for _ in range(3)]
     else:
         first = random_identity(rng)
@@ -257,8 +257,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("classifier", "identity"))
-    parser.add_argument("--seconds", type=float, default=110)
-    parser.add_argument("--pool", type=int, default=12000)
+    parser.add_argument("--seconds", type=float, default=480)
+    parser.add_argument("--pool", type=int, default=16000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work-dir", type=Path, default=WORK)
