@@ -29,7 +29,9 @@ def run(out_dir: Path, repository: Repository, progress: Progress = lambda text,
     decision = ask(repository, REQUEST)
     checkpoint, prompt = decision.checkpoint, decision.prompt
     if checkpoint is None or prompt is None:
-        raise CheckinError(f"demo: {REQUEST!r} must select a checkpoint, got {decision.decision}; use the shipped gallery")
+        raise CheckinError(
+            f"demo: {REQUEST!r} must select a checkpoint, got {decision.decision}; use the shipped gallery"
+        )
     bundle = make_bundle(repository, checkpoint, "taq", lambda text, done: progress(text, 0.05 + 0.45 * done))
     reference = make_bundle(repository, checkpoint, "fp32", lambda text, done: progress(text, 0.50 + 0.25 * done))
     pictures, step_seconds = {}, {}
@@ -68,6 +70,8 @@ def make_bundle(repository: Repository, checkpoint_id: str, policy: str, progres
     from calibration.calibrate import CalibrateOptions, calibrate
     from exporters.export import export_checkpoint
 
-    spec = calibrate(repository, checkpoint_id, CalibrateOptions(policy=policy), lambda text, done: progress(text, 0.6 * done))
+    spec = calibrate(
+        repository, checkpoint_id, CalibrateOptions(policy=policy), lambda text, done: progress(text, 0.6 * done)
+    )
     result = export_checkpoint(repository, checkpoint_id, spec.spec_path, lambda text: progress(text, 0.7))
     return result.bundle

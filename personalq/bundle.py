@@ -145,7 +145,9 @@ def read_manifest(bundle: Path) -> Manifest:
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError:
-        raise BundleError(f"{bundle}: must be a bundle folder with {MANIFEST}, got none; run 'personalq export'") from None
+        raise BundleError(
+            f"{bundle}: must be a bundle folder with {MANIFEST}, got none; run 'personalq export'"
+        ) from None
     except (ValueError, OSError) as error:
         raise BundleError(f"{file}: must be JSON, got {error}; export the checkpoint again") from error
     try:

@@ -31,7 +31,9 @@ class LayerSpec(Frozen):
 
     op: Literal["conv", "linear"]
     weight: Literal["int8", "int6", "int4", "float"]
-    group: int | None = Field(None, description="block length along the input axis; None = one scale per output channel")
+    group: int | None = Field(
+        None, description="block length along the input axis; None = one scale per output channel"
+    )
     activation: Literal["int8", "float"]
     rounding: Literal["nearest", "stored"] = "nearest"
     found_by: str = Field("", description="how the scales were found, e.g. 'mse' or 'absmax'")
