@@ -64,7 +64,8 @@ def test_demo_pictures_show_the_concept_in_the_asked_scene(demo):
     from gallery.concepts import reference_images
     from gallery.judge import Judge
 
-    picture = np.asarray(Image.open(demo["image"]))[None]
+    with Image.open(demo["image"]) as image:
+        picture = np.asarray(image)[None]
     judge = Judge.load()
     assert judge.facets(picture)["object"] == ["dog"]
     assert judge.facets(picture)["background"] == ["beach"]
@@ -72,8 +73,8 @@ def test_demo_pictures_show_the_concept_in_the_asked_scene(demo):
         judge.concept_score(picture, reference_images(name, 16, 5))[0] for name in ("biscuit-the-dog", "domino-the-dog")
     )
     assert own > other
-    wide = Image.open(Path(demo["image"]).with_name("side_by_side.png"))
-    assert wide.width > 2 * 64
+    with Image.open(Path(demo["image"]).with_name("side_by_side.png")) as wide:
+        assert wide.width > 2 * 64
 
 
 def test_a_second_checkpoint_goes_from_calibrate_to_a_picture(repository, demo, tmp_path):
@@ -92,7 +93,8 @@ def test_a_second_checkpoint_goes_from_calibrate_to_a_picture(repository, demo, 
     )
     assert picture["checkpoint"] == "moss-mug"
     assert "<moss-mug>" in picture["prompt"]
-    assert Image.open(tmp_path / "mug.png").size == (64, 64)
+    with Image.open(tmp_path / "mug.png") as image:
+        assert image.size == (64, 64)
 
 
 def test_drawing_a_picture_leaves_torch_out_of_the_process(repository, demo, tmp_path):

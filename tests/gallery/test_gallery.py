@@ -12,6 +12,7 @@ from safetensors import safe_open
 from gallery.concepts import CONCEPTS
 from gallery.deltas import load_pipeline
 from gallery.record import BASE, CHECKPOINTS, HERE
+from gallery.tidy import shipped_files
 from gallery.tokens import RARE, build_tokenizer, word_list
 
 CARD_KEYS = {"id", "name", "kind", "base", "trigger", "class_noun", "description", "tags", "example_prompts", "source"}
@@ -59,7 +60,7 @@ def test_the_base_is_small_half_precision_and_readable() -> None:
     assert all(f.stat().st_mode & 0o044 == 0o044 for f in files)
     with safe_open(BASE / "unet" / "diffusion_pytorch_model.safetensors", "np") as file:
         assert {file.get_slice(k).get_dtype() for k in file.keys()} == {"F16"}  # noqa: SIM118
-    assert sum(f.stat().st_size for f in (HERE / "repository").rglob("*") if f.is_file()) <= 56e6
+    assert sum(f.stat().st_size for f in shipped_files()) <= 60e6
 
 
 def test_no_pickles_are_shipped() -> None:
