@@ -1,13 +1,17 @@
 """A checkpoint as diffusers itself runs it: FP32 pipeline with the delta loaded by diffusers' own loaders."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers import CLIPTextModel
+from transformers.utils import logging as transformers_logging
 
 from personalq.card import Card
 from personalq.errors import RepositoryError
@@ -19,8 +23,7 @@ WHOLE = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": Aut
 def load_pipeline(repository: Repository, card: Card, device: str = "cpu") -> StableDiffusionPipeline:
     """The checkpoint's FP32 pipeline, DDIM scheduler, delta merged where diffusers can. Raises RepositoryError."""
     base_dir, folder = repository.base_dir(card), repository.checkpoint_dir(card.id)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_libraries():
         pipe = StableDiffusionPipeline.from_pretrained(
             base_dir,
             torch_dtype=torch.float32,
@@ -32,6 +35,23 @@ def load_pipeline(repository: Repository, card: Card, device: str = "cpu") -> St
         LOADERS[card.kind](pipe, folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """diffusers and transformers print bars and advice of their own while they load; errors still come through."""
+    kept = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    try:
+        for library, _ in kept:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for library, level in kept:
+            library.set_verbosity(level)
+            library.enable_progress_bar()
 
 
 def _load_whole(pipe: StableDiffusionPipeline, folder: Path) -> None:
