@@ -39,12 +39,12 @@ def watching_attention(unet: nn.Module, note: Note) -> Iterator[None]:
     layers = cross_attention(unet)
     before = [attention.processor for _, attention in layers]
     for index, (_, attention) in enumerate(layers):
-        attention.processor = WatchedAttention(index, *text_projections(attention), note)
+        attention.set_processor(WatchedAttention(index, *text_projections(attention), note))
     try:
         yield
     finally:
         for (_, attention), processor in zip(layers, before, strict=True):
-            attention.processor = processor
+            attention.set_processor(processor)
 
 
 class TriggerMap:
