@@ -27,9 +27,8 @@ from personalq.rows import KeptTokens, kept_positions
 PARTS = {"K": (0,), "V": (1,), "K+V": (0, 1)}
 
 
-def choices(manifest: Manifest, trigger: tuple[tuple[int, ...], ...]) -> dict[str, KeptTokens]:
+def choices(trigger: tuple[tuple[int, ...], ...]) -> dict[str, KeptTokens]:
     """Name -> which tokens stay exact. 'random' keeps as many rows as 'trigger+BOS'."""
-    del manifest
     return {
         "none": KeptTokens(),
         "BOS": KeptTokens(bos=True),
@@ -85,7 +84,7 @@ def measure(repository: Any, checkpoint_id: str, qtype: QType, prompts: int, see
         return np.stack([pipeline.image(prompt, seed=seed) for prompt in wanted for seed in range(seeds)])
 
     reference = pictures(None, ())
-    for name, kept in choices(manifest, trigger).items():
+    for name, kept in choices(trigger).items():
         for part, parts in PARTS.items():
             images = pictures(kept, parts)
             psnr = [min(psnr_db(a, b, peak=255), LARGEST_DB) for a, b in zip(reference, images, strict=True)]

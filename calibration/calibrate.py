@@ -1,24 +1,21 @@
 """`personalq calibrate`: run the checkpoint over its own prompts, stream statistics, apply a policy, write spec and goldens."""
 
 import datetime
-import json
 import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import torch
 from diffusers import StableDiffusionPipeline
 
 from personalq.atomic import write_atomic
 from personalq.card import Card, folder_name
-from personalq.identity import family_key, read_configs, weights_sha256
+from personalq.identity import family_key, read_configs, sampling_defaults, weights_sha256
 from personalq.repository import Repository
 from personalq.rows import KeptTokens
-from personalq.spec import LayerSpec, Provenance, RowsSpec, Spec, SpecFile
+from personalq.spec import REFERENCE, LayerSpec, Provenance, RowsSpec, Spec, SpecFile
 
 from .decide import Decisions, decide, rule_of
 from .evidence import Evidence, Recipe
@@ -28,10 +25,8 @@ from .prompts import calibration_prompts, prompts_sha256
 from .reference import write_reference
 from .report import report_html
 from .saved import NAME as STATISTICS
-from .saved import statistics_key
 from .statistics import LayerRanges
 
-REFERENCE = "reference.safetensors"
 FLOAT_POLICIES = {"fp32": "float32", "fp16": "float16"}
 Progress = Callable[[str, float], None]
 
@@ -104,7 +99,7 @@ def build_spec(
     """Decide every layer and row from the evidence (none is collected when the policy quantises nothing)."""
     pipe, layers_of_rows = evidence.pipe, tuple(evidence.row_layers)
     if options.policy in FLOAT_POLICIES:
-        modules = {n: LayerRanges(_op(m), m.weight) for n, m in quantisable_layers(pipe.unet).items()}
+        modules = {n: LayerRanges.of(m) for n, m in quantisable_layers(pipe.unet).items()}
         decisions = Decisions(float_layers(modules, "reference: nothing is quantised"), {})
         rows, name = RowsSpec(kept=KeptTokens(slots=0), layers=layers_of_rows), options.policy
     else:
@@ -122,7 +117,7 @@ def build_spec(
         layers=decisions.layers,
         rows=rows,
         budget_bytes=options.budget_bytes,
-        provenance=provenance(repository, card, evidence.recipe, options),
+        provenance=provenance(evidence, options),
     )
     return SpecFile(spec, decisions.tensors), kept_words(rows.kept, pipe)
 
@@ -143,8 +138,8 @@ def gather(repository: Repository, card: Card, options: CalibrateOptions, progre
     guidance = sampling_defaults(repository.base_dir(card))["guidance"]
     recipe = Recipe(prompts, tokens.trigger, tokens.class_noun, options.steps, guidance, options.seed)
     folder = repository.root / "specs" / folder_name(card.id)
-    key = statistics_key(weights_sha256(repository.base_dir(card), repository.checkpoint_dir(card.id)), recipe)
-    return Evidence(pipe, recipe, progress, folder / STATISTICS, key)
+    sha256 = weights_sha256(repository.base_dir(card), repository.checkpoint_dir(card.id))
+    return Evidence(pipe, recipe, progress, folder / STATISTICS, sha256)
 
 
 def float_layers(ranges: dict[str, LayerRanges], reason: str) -> dict[str, LayerSpec]:
@@ -174,10 +169,10 @@ def kept_words(kept: KeptTokens, pipe: StableDiffusionPipeline) -> tuple[str, ..
     return tuple(words + (["<EOS>"] if kept.eos else []) + (["<PAD>"] if kept.pad else []))
 
 
-def provenance(repository: Repository, card: Card, recipe: Recipe, options: CalibrateOptions) -> Provenance:
-    prompts = list(recipe.prompts)
+def provenance(evidence: Evidence, options: CalibrateOptions) -> Provenance:
+    prompts = list(evidence.recipe.prompts)
     return Provenance(
-        checkpoint_sha256=weights_sha256(repository.base_dir(card), repository.checkpoint_dir(card.id)),
+        checkpoint_sha256=evidence.checkpoint_sha256,
         prompts_sha256=prompts_sha256(prompts),
         prompts=len(prompts),
         timesteps=(options.steps,) if prompts else (),
@@ -185,14 +180,3 @@ def provenance(repository: Repository, card: Card, recipe: Recipe, options: Cali
         versions={name: version(name) for name in ("torch", "diffusers", "transformers")},
         date=datetime.date.today().isoformat(),
     )
-
-
-def sampling_defaults(base_dir: Path) -> dict[str, Any]:
-    """Steps and guidance the base recommends (`personalq.json` in its folder), else Stable Diffusion's usual ones."""
-    file = base_dir / "personalq.json"
-    wanted = json.loads(file.read_text()) if file.is_file() else {}
-    return {"steps": int(wanted.get("steps", 25)), "guidance": float(wanted.get("guidance", 7.5))}
-
-
-def _op(module: torch.nn.Module) -> str:
-    return "conv" if isinstance(module, torch.nn.Conv2d) else "linear"

@@ -23,7 +23,7 @@ from .attention import TriggerMap, watching_attention
 from .gptq import Hessian, columns
 from .model import cross_attention, encode, packed_rows, quantisable_layers
 from .reference import start_noise
-from .saved import load_observation, save_observation
+from .saved import load_observation, save_observation, statistics_key
 from .sensitivity import Harm, Points, layer_sensitivity
 from .statistics import N_TIME_BINS, LayerRanges, Observer, time_bin
 from .text_rows import RowStatistics, row_classes
@@ -60,14 +60,19 @@ class Observation:
 class Evidence:
     """pipe: the FP32 pipeline with the delta loaded; the parts below are computed once.
 
-    saved, key: where an observation is kept between runs, and the hash of what it depends on (calibration.saved).
+    saved: where an observation is kept between runs. checkpoint_sha256: of the weights that are loaded.
     """
 
     pipe: StableDiffusionPipeline
     recipe: Recipe
     progress: Progress = field(default=lambda text, done: None)
     saved: Path | None = None
-    key: str = ""
+    checkpoint_sha256: str = ""
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of everything an observation depends on."""
+        return statistics_key(self.checkpoint_sha256, self.recipe)
 
     @cached_property
     def row_layers(self) -> list[RowLayer]:

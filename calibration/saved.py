@@ -69,7 +69,7 @@ def load_observation(
         rows.moments[kind, layer_name, part] = Moments(**numbers | {"sums": np.array(numbers["sums"])})
     layers = {}
     for name, module in quantisable_layers(unet).items():
-        layer = LayerRanges("conv" if isinstance(module, nn.Conv2d) else "linear", module.weight.detach())
+        layer = LayerRanges.of(module)
         for part in ("inputs", "outputs") if layer.op == "conv" else ("inputs",):
             counts, ranges = tensors[f"{name}.{part}"], tensors[f"{name}.{part}.range"]
             setattr(layer, part, [Histogram(c, *map(float, r)) for c, r in zip(counts, ranges, strict=True)])

@@ -31,6 +31,11 @@ class LayerRanges:
     inputs: list[Histogram] = field(default_factory=lambda: [Histogram.empty() for _ in range(N_TIME_BINS)])
     outputs: list[Histogram] = field(default_factory=lambda: [Histogram.empty() for _ in range(N_TIME_BINS)])
 
+    @classmethod
+    def of(cls, module: nn.Module) -> "LayerRanges":
+        """Empty ranges of a Conv2d or Linear."""
+        return cls("conv" if isinstance(module, nn.Conv2d) else "linear", module.weight.detach())
+
     def input(self) -> Histogram:
         return _merge(self.inputs)
 
@@ -59,10 +64,7 @@ class Observer:
 
     def __init__(self, unet: nn.Module):
         self.unet = unet
-        self.layers = {
-            name: LayerRanges("conv" if isinstance(module, nn.Conv2d) else "linear", module.weight.detach())
-            for name, module in quantisable_layers(unet).items()
-        }
+        self.layers = {name: LayerRanges.of(module) for name, module in quantisable_layers(unet).items()}
         self.bin = 0
         self.samples = 0
 

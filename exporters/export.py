@@ -31,9 +31,9 @@ from personalq.bundle import (
 )
 from personalq.card import Card
 from personalq.errors import BundleError, SpecError
-from personalq.identity import weights_sha256
+from personalq.identity import sampling_defaults, weights_sha256
 from personalq.repository import Repository
-from personalq.spec import SpecFile, read_spec
+from personalq.spec import REFERENCE, SpecFile, read_spec
 
 from .family import Family, open_family
 from .lower_ort import STORAGE, Lowered, lower_unet, store_floats
@@ -43,7 +43,6 @@ from .tokenizer import write_tokenizer
 from .weights import CheckpointWeights, open_weights
 
 EXPORTER_VERSION = "3"
-REFERENCE = "reference.safetensors"
 Progress = Callable[[str], None]
 
 
@@ -239,13 +238,6 @@ def latent_of(configs: dict[str, dict[str, Any]]) -> Latent:
         scaling_factor=vae.get("scaling_factor", 0.18215),
         shift_factor=vae.get("shift_factor") or 0.0,
     )
-
-
-def sampling_defaults(base_dir: Path) -> dict[str, Any]:
-    """Steps and guidance the base recommends (`personalq.json` in its folder), else Stable Diffusion's usual ones."""
-    file = base_dir / "personalq.json"
-    wanted = json.loads(file.read_text()) if file.is_file() else {}
-    return {"steps": int(wanted.get("steps", 25)), "guidance": float(wanted.get("guidance", 7.5))}
 
 
 def unet_sizes(job: Job, lowered: Lowered) -> Sizes:

@@ -63,3 +63,10 @@ def weights_sha256(base_dir: Path, checkpoint_dir: Path | None) -> str:
         for file in sorted(folder.rglob("*.safetensors")):
             digest.update(f"{role}/{file.relative_to(folder).as_posix()}:{file_sha256(file)}\n".encode())
     return digest.hexdigest()
+
+
+def sampling_defaults(base_dir: Path) -> dict[str, Any]:
+    """Steps and guidance the base recommends (`personalq.json` in its folder), else Stable Diffusion's usual ones."""
+    file = base_dir / "personalq.json"
+    wanted = json.loads(file.read_text()) if file.is_file() else {}
+    return {"steps": int(wanted.get("steps", 25)), "guidance": float(wanted.get("guidance", 7.5))}

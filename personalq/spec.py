@@ -21,6 +21,8 @@ from .rows import KeptTokens, RowLayer
 SCHEMA_VERSION: Literal[1] = 1
 FORMAT: Literal["personalq-taq-spec"] = "personalq-taq-spec"
 
+REFERENCE = "reference.safetensors"  # beside the specs of a checkpoint: what torch computes in FP32
+
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
