@@ -5,11 +5,10 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .store import TARGETS
+from .targets import TARGETS, missing, not_installed
 
 # Package -> the extra that installs it, for what runs or makes bundles.
 EXTRAS = {
@@ -21,8 +20,6 @@ EXTRAS = {
     "transformers": "export",
     "onnx": "export",
 }
-# Target -> the module it needs; TensorRT for RTX comes as a package of its own.
-MODULES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 # Distributions that install the same module.
 SAME = {"onnxruntime": ("onnxruntime-gpu",)}
 # CPU features that decide which kernels run.
@@ -73,13 +70,8 @@ def versions() -> Mapping[str, str]:
 
 
 def _target(name: str) -> Target:
-    engine, reason = TARGETS[name]
-    module = MODULES[name]
-    if find_spec(module) is None:
-        extra = EXTRAS.get(module)
-        how = f"run: pip install 'personalq[{extra}]'" if extra else f"install NVIDIA's {module} package"
-        return Target(name, available=False, reason=f"{module} is not installed; {how}")
-    return Target(name, available=engine == name, reason=reason)
+    reason = not_installed(TARGETS[name]) or missing(name)
+    return Target(name, available=not reason, reason=reason)
 
 
 def _version(package: str) -> str:

@@ -107,14 +107,17 @@ class OrtEngine:
         return np.asarray(_run(self._decoder, ["image"], {"latent": latent})[0], dtype=np.float32)
 
 
-ENGINES: dict[str, Callable[[Path, int | None], Engine]] = {OrtEngine.name: OrtEngine}
+# Engine -> the module and class that open it; each module imports its own package when a bundle is opened.
+ENGINES = {"onnxruntime": (".engine", "OrtEngine"), "openvino": (".openvino_engine", "OpenVinoEngine")}
 
 
 def open_engine(name: str, bundle: Path, threads: int | None = None) -> Engine:
     """Open a bundle with the engine of that name. Raises EngineError for one this version does not have."""
     if name not in ENGINES:
         raise EngineError(f"engine: must be one of {', '.join(ENGINES)}, got {name!r}; choose another target")
-    return ENGINES[name](bundle, threads)
+    module, kind = ENGINES[name]
+    engine: Engine = getattr(import_module(module, __package__), kind)(bundle, threads)
+    return engine
 
 
 class _BoundUnet:

@@ -11,16 +11,11 @@ from pathlib import Path
 from personalq.bundle import MANIFEST
 from personalq.errors import EngineError
 
+from .targets import FALLBACK, TARGETS, TITLES, missing
+
 BUNDLES = "bundles"
 REFERENCE_POLICIES = ("fp32", "fp16")  # unquantised bundles: served only when nothing smaller exists
 
-# Target -> (engine that serves it, why it is another one than asked for).
-TARGETS: dict[str, tuple[str, str]] = {
-    "onnxruntime": ("onnxruntime", ""),
-    "openvino": ("onnxruntime", "this version has no OpenVINO engine; running ONNX Runtime on the CPU"),
-    "tensorrt": ("onnxruntime", "this version has no TensorRT engine; running ONNX Runtime on the CPU"),
-    "tensorrt-rtx": ("onnxruntime", "this version has no TensorRT for RTX engine; running ONNX Runtime on the CPU"),
-}
 # Two changes of a folder within one tick of the file system's clock look like one: a younger table is not kept.
 _CLOCK_TICK_S = 0.05
 
@@ -66,8 +61,10 @@ class Store:
             raise EngineError(
                 f"{checkpoint_id}: must have a bundle, got none{unread}: run 'personalq export {checkpoint_id}'"
             )
-        engine_name, reason = TARGETS[target]
-        return Found(bundle=bundles[0], engine_name=engine_name, fallback_reason=reason)
+        lack = "" if target == FALLBACK else missing(target)
+        if lack:
+            return Found(bundles[0], FALLBACK, f"{lack}; running {TITLES[FALLBACK]} on the CPU")
+        return Found(bundles[0], target)
 
     def _current(self) -> _Table:
         """A bundle is renamed into the folder whole, so the folder's own time says whether the table still holds."""

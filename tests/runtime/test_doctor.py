@@ -5,8 +5,9 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 
-from runtime import doctor
-from runtime.store import TARGETS
+from runtime import doctor, targets
+from runtime.engine import ENGINES
+from runtime.targets import TARGETS
 
 
 def test_every_target_is_judged_and_none_is_missing_without_a_reason() -> None:
@@ -16,7 +17,7 @@ def test_every_target_is_judged_and_none_is_missing_without_a_reason() -> None:
 
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    monkeypatch.setattr(targets, "find_spec", lambda name: None)
     reasons = {target.name: target.reason for target in doctor.targets()}
     assert reasons["onnxruntime"] == "onnxruntime is not installed; run: pip install 'personalq[cpu]'"
     assert reasons["tensorrt"] == "tensorrt is not installed; run: pip install 'personalq[tensorrt]'"
@@ -24,10 +25,10 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_installed_package_without_engine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "find_spec", lambda name: ModuleSpec(name, None))
+    monkeypatch.setattr(targets, "find_spec", lambda name: ModuleSpec(name, None))
     for target in doctor.targets():
-        assert target.available == (TARGETS[target.name][0] == target.name)
-        assert target.available or target.reason == TARGETS[target.name][1]
+        assert target.available == (target.name in ENGINES)
+        assert target.available or target.reason == f"this version has no {targets.TITLES[target.name]} engine"
 
 
 def test_versions_are_text_and_empty_when_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

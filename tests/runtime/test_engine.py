@@ -137,7 +137,7 @@ def test_latents_that_do_not_fit_are_one_line(bundle: Path) -> None:
 def test_an_unknown_engine_is_refused(bundle: Path) -> None:
     with pytest.raises(EngineError) as error:
         open_engine("vulkan", bundle)
-    assert str(error.value) == "engine: must be one of onnxruntime, got 'vulkan'; choose another target"
+    assert str(error.value) == "engine: must be one of onnxruntime, openvino, got 'vulkan'; choose another target"
     assert open_engine("onnxruntime", bundle, threads=1).name == "onnxruntime"
 
 

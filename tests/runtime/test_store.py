@@ -1,6 +1,7 @@
 """Looking up the bundle and engine for a checkpoint: best first, with the reason for every fall-back."""
 
 import os
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from personalq.bundle import SpecEntry, read_manifest
 from personalq.errors import EngineError
+from runtime import targets
 from runtime.store import Store, find
 
 
@@ -29,13 +31,26 @@ def test_the_latest_quantised_bundle_comes_first_and_the_reference_last(reposito
     assert (found.bundle.name, found.engine_name, found.fallback_reason) == ("new", "onnxruntime", "")
 
 
-@pytest.mark.parametrize(
-    ("target", "name"), [("openvino", "OpenVINO"), ("tensorrt", "TensorRT"), ("tensorrt-rtx", "TensorRT for RTX")]
-)
+@pytest.mark.parametrize(("target", "name"), [("tensorrt", "TensorRT"), ("tensorrt-rtx", "TensorRT for RTX")])
 def test_targets_without_engine_fall_back_and_say_why(repository: Path, target: str, name: str) -> None:
     found = find(repository, "moss-mug", target)
     assert found.engine_name == "onnxruntime"
     assert found.fallback_reason == f"this version has no {name} engine; running ONNX Runtime on the CPU"
+
+
+def test_openvino_is_taken_where_it_is_installed(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "find_spec", lambda name: ModuleSpec(name, None))
+    found = find(repository, "moss-mug", "openvino")
+    assert (found.engine_name, found.fallback_reason) == ("openvino", "")
+
+
+def test_a_missing_package_is_the_reason_of_a_fall_back(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "find_spec", lambda name: None)
+    found = find(repository, "moss-mug", "openvino")
+    assert (found.engine_name, found.fallback_reason) == (
+        "onnxruntime",
+        "openvino is not installed; run: pip install 'personalq[openvino]'; running ONNX Runtime on the CPU",
+    )
 
 
 def test_an_unknown_target_is_refused(repository: Path) -> None:

@@ -1,0 +1,102 @@
+"""What a target needs beyond a bundle's ONNX graphs: compiled blobs and plans, kept under `<bundle>/engines/<key>/`.
+
+Written by exporters or by a runtime that compiled one; read by runtimes. The key hashes everything the file depends on
+(target, graph bytes, device, tool versions, shapes), so one that fits nothing here is never opened.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from .atomic import atomic_directory, is_temporary, named_failure
+from .bundle import MANIFEST, Frozen, file_sha256
+from .errors import EngineError
+
+ENGINES = "engines"
+
+
+class EngineManifest(Frozen):
+    """One engine file. parts: everything in its key, in clear; 'target' is always among them."""
+
+    schema_version: int = 1
+    key: str
+    parts: dict[str, str]
+    file: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class KeptEngine:
+    """An engine file on disk with its manifest."""
+
+    path: Path
+    manifest: EngineManifest
+
+
+def engine_key(parts: Mapping[str, str]) -> str:
+    """'<target>-<first 32 digits of the sha256 over the named parts>': the engine's folder."""
+    digest = hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()
+    return f"{parts['target']}-{digest[:32]}"
+
+
+def engine_at(bundle: Path, parts: Mapping[str, str]) -> KeptEngine | None:
+    """The engine that was kept for exactly these parts; None when there is none."""
+    folder = bundle / ENGINES / engine_key(parts)
+    return read_engine(folder) if (folder / MANIFEST).is_file() else None
+
+
+def engines_of(bundle: Path, target: str) -> list[KeptEngine]:
+    """Every engine of one target that was kept with a bundle, sorted by key. Raises EngineError for a broken one."""
+    place = bundle / ENGINES
+    folders = sorted(place.glob(f"{target}-*/{MANIFEST}")) if place.is_dir() else []
+    kept = [read_engine(file.parent) for file in folders if not is_temporary(file.parent)]
+    return [engine for engine in kept if engine.manifest.parts["target"] == target]
+
+
+def read_engine(folder: Path) -> KeptEngine:
+    """Read one engine's manifest. Raises EngineError when it is not understood."""
+    cure = f"remove {folder} and it is made again"
+    try:
+        manifest = EngineManifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise EngineError(
+            f"{folder / MANIFEST}: must be an engine's manifest, got {type(error).__name__}; {cure}"
+        ) from error
+    if manifest.key != engine_key(manifest.parts) or Path(manifest.file).name != manifest.file or not manifest.file:
+        raise EngineError(f"{folder / MANIFEST}: must fit its own key and file name, got another; {cure}")
+    return KeptEngine(folder / manifest.file, manifest)
+
+
+def check_engine(kept: KeptEngine) -> None:
+    """Raise EngineError when the file's bytes are not those that were kept: a spoiled blob can crash its library."""
+    cure = f"remove {kept.path.parent} and it is made again"
+    try:
+        size = kept.path.stat().st_size
+        whole = size == kept.manifest.bytes and file_sha256(kept.path) == kept.manifest.sha256
+    except OSError as error:
+        raise EngineError(f"{kept.path}: must be readable, got '{error.strerror}'; {cure}") from error
+    if not whole:
+        raise EngineError(f"{kept.path}: bytes differ from the sha256 in its manifest; {cure}")
+
+
+def keep_engine(bundle: Path, parts: Mapping[str, str], name: str, data: bytes | memoryview) -> KeptEngine:
+    """Publish an engine file whole, in place of one that is there. Raises RepositoryError."""
+    key = engine_key(parts)
+    folder = bundle / ENGINES / key
+    manifest = EngineManifest(
+        key=key, parts=dict(parts), file=name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)
+    )
+    with atomic_directory(folder, replace=True) as place:
+        _write(place / name, data)
+        (place / MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
+    return KeptEngine(folder / name, manifest)
+
+
+def _write(file: Path, data: bytes | memoryview) -> None:
+    with named_failure(file), file.open("wb") as handle:
+        handle.write(data)
