@@ -187,14 +187,17 @@ def verify(bundle: str) -> Result:
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps. Default: what the base recommends.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--target", type=TARGETS, default="onnxruntime", show_default=True)
+@click.option("--sampler", default="ddim", show_default=True, help="ddim, euler, euler_a, dpmpp_2m[_karras] or lcm.")
 @reports
-def generate(request: str, out: Path, checkpoint: str, steps: int | None, seed: int, target: str) -> Result:
+def generate(
+    request: str, out: Path, checkpoint: str, steps: int | None, seed: int, target: str, sampler: str
+) -> Result:
     """Draw a REQUEST with the checkpoint that Check-in picks."""
     from runtime import generate as room
 
     with progress() as report:
-        settings = room.Settings(steps=steps, seed=seed, target=target)
-        made = room.generate(opened(), request, out, checkpoint=checkpoint, settings=settings, progress=report)
+        order = room.Order(checkpoint, target, seed, settings=room.Settings(steps=steps, sampler=sampler))
+        made = room.generate(opened(), request, out, order, report)
     return Result(asdict(made))
 
 

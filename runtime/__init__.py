@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine import Engine, OrtEngine, open_engine
     from .image import side_by_side, write_png
-    from .pipeline import Pipeline, Step, start_noise
+    from .pipeline import Picture, Pipeline, Settings, Step, start_noise
     from .store import Found, Store, find
     from .verify import Check, Report, verify_bundle
 
@@ -19,7 +19,9 @@ _HOME = {
     "open_engine": "engine",
     "side_by_side": "image",
     "write_png": "image",
+    "Picture": "pipeline",
     "Pipeline": "pipeline",
+    "Settings": "pipeline",
     "Step": "pipeline",
     "start_noise": "pipeline",
     "Found": "store",
@@ -35,8 +37,10 @@ __all__ = [
     "Engine",
     "Found",
     "OrtEngine",
+    "Picture",
     "Pipeline",
     "Report",
+    "Settings",
     "Step",
     "Store",
     "find",

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from personalq.errors import CheckinError
@@ -10,7 +10,7 @@ from personalq.repository import Repository
 
 from .engine import open_engine
 from .image import write_png
-from .pipeline import Pipeline
+from .pipeline import Picture, Pipeline, Settings
 from .store import Store
 
 Progress = Callable[[str, float], None]
@@ -30,40 +30,43 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to draw. None: what the bundle recommends."""
+class Order:
+    """What is drawn besides the request. checkpoint: '' lets Check-in pick it."""
 
-    steps: int | None = None
-    seed: int = 0
+    checkpoint: str = ""
     target: str = "onnxruntime"
+    seed: int = 0
+    negative_prompt: str = ""
+    settings: Settings = field(default_factory=Settings)
 
 
 def generate(
     repository: Repository,
     request: str,
     out: Path,
-    *,
-    checkpoint: str = "",
-    settings: Settings | None = None,
+    order: Order | None = None,
     progress: Progress = lambda text, done: None,
 ) -> Generated:
-    """Draw `request` into the PNG file `out`. With `checkpoint`, Check-in only writes its prompt.
+    """Draw `request` into the PNG file `out`. When the order names a checkpoint, Check-in only writes its prompt.
 
     Raises CheckinError when no checkpoint fits or a question is open, EngineError when there is no bundle.
     """
-    started, settings = time.perf_counter(), settings or Settings()
+    started, order = time.perf_counter(), order or Order()
     progress("asking Check-in", 0.0)
-    checkpoint_id, prompt = named(repository, checkpoint, request) if checkpoint else choose(repository, request)
-    found = Store(repository.root).find(checkpoint_id, settings.target)
+    checkpoint_id, prompt = (
+        named(repository, order.checkpoint, request) if order.checkpoint else choose(repository, request)
+    )
+    found = Store(repository.root).find(checkpoint_id, order.target)
     progress("opening the engine", 0.05)
     pipeline = Pipeline(open_engine(found.engine_name, found.bundle))
     begun, latents, n_steps = time.perf_counter(), None, 0
-    for step in pipeline.denoise(prompt, steps=settings.steps, seed=settings.seed):
+    picture = Picture(prompt, order.negative_prompt, order.seed)
+    for step in pipeline.denoise([picture], order.settings):
         latents, n_steps = step.latents, step.n_steps
         progress(f"step {step.index + 1} of {step.n_steps}", 0.1 + 0.85 * (step.index + 1) / step.n_steps)
     per_step = (time.perf_counter() - begun) / max(n_steps, 1)
     assert latents is not None
-    write_png(out, pipeline.decode(latents))
+    write_png(out, pipeline.decode(latents[0]))
     seconds = time.perf_counter() - started
     return Generated(
         checkpoint_id, prompt, str(out), found.engine_name, found.fallback_reason, round(seconds, 3), round(per_step, 4)

@@ -6,12 +6,11 @@ It knows prompts, seeds and latents; engines are behind their protocol, noise sc
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from personalq.errors import EngineError, PromptError
 from personalq.rows import Ids, find_sequence, kept_index, kept_positions, row_index
@@ -19,18 +18,40 @@ from personalq.tokens import Encoded, Tokenizer
 
 from .engine import TOKENIZER, UNET_INPUTS, Array, Conditioning, Engine
 from .image import Image
-from .sampling import ddim_step, predict, schedule_from_config, timesteps
+from .samplers import Plan, Trail, plan_steps, predict, sampler_named
+from .sampling import schedule_from_config
 
 logger = logging.getLogger("personalq.runtime")
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How to draw; pictures of one batch share it. None: what the bundle recommends."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    width: int | None = None
+    height: int | None = None
+    sampler: str = "ddim"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What to draw. noise: (4,h,w) float32 start noise in place of the seed's."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    noise: Array | None = None
+
+
+@dataclass(frozen=True)
 class Step:
-    """One step of denoising, done. latents: (4,h,w) float32 after it; predicted: the clean latents it aims at."""
+    """One step of denoising, done. latents: (N,4,h,w) float32 after it; predicted: the clean latents it aims at."""
 
     index: int
     n_steps: int
-    timestep: int
+    timestep: float
     latents: Array
     predicted: Array
 
@@ -106,51 +127,43 @@ class Pipeline:
                     f"({encoded.cut!r}); shorten the prompt or put the trigger earlier"
                 )
 
-    def denoise(
-        self,
-        prompt: str,
-        *,
-        negative_prompt: str = "",
-        steps: int | None = None,
-        guidance: float | None = None,
-        seed: int = 0,
-        width: int | None = None,
-        height: int | None = None,
-        noise: Array | None = None,
-    ) -> Iterator[Step]:
-        """Draw latents step by step; stop early by not asking for more. None = what the bundle's manifest says.
+    def denoise(self, pictures: Sequence[Picture], settings: Settings | None = None) -> Iterator[Step]:
+        """Draw the latents of a batch step by step; stop early by not asking for more.
 
-        Everything is checked before the first step. `noise`: (4,h,w) start noise in place of the seed's.
+        Everything is checked before the first step. A picture does not depend on the others of its batch (the kernels'
+        rounding may).
         """
-        n_steps = self.manifest.steps if steps is None else steps
-        scale = _checked_guidance(self.manifest.guidance if guidance is None else guidance)
-        start = start_noise(seed, self._latent_shape(width, height)) if noise is None else noise
-        schedule_steps = timesteps(self.schedule, n_steps)
-        positive = self.rows(prompt)
-        negative = self.rows(negative_prompt) if scale != 1.0 else None
-        return self._loop(schedule_steps, positive, negative, scale, start)
+        settings = settings or Settings()
+        sampler = sampler_named(settings.sampler)
+        plan = plan_steps(
+            settings.sampler, self.schedule, self.manifest.steps if settings.steps is None else settings.steps
+        )
+        guidance = _checked_guidance(self.manifest.guidance if settings.guidance is None else settings.guidance)
+        shape = self._latent_shape(settings.width, settings.height)
+        noises = [_Noise(picture, shape) for picture in pictures]
+        halves: list[PromptRows] = []
+        for picture in pictures:
+            halves += [self.rows(picture.negative_prompt)] if guidance != 1.0 else []
+            halves.append(self.rows(picture.prompt))
+        clip = self.schedule.clip if sampler.clips else math.inf
+        return self._loop(_Run(settings.sampler, plan, guidance, clip), halves, noises)
 
-    def _loop(
-        self,
-        steps: npt.NDArray[np.int64],
-        positive: PromptRows,
-        negative: PromptRows | None,
-        guidance: float,
-        noise: Array,
-    ) -> Iterator[Step]:
-        halves = [positive] if negative is None else [negative, positive]
-        denoiser = self.engine.denoiser(_batch(halves), *noise.shape[1:])
-        x = noise
-        for index, t in enumerate(int(step) for step in steps):
-            predictions = denoiser(np.broadcast_to(x, (len(halves), *x.shape)), float(t))
+    def _loop(self, run: "_Run", halves: list[PromptRows], noises: list["_Noise"]) -> Iterator[Step]:
+        sampler, plan, trail, n = sampler_named(run.sampler), run.plan, Trail(), len(noises)
+        x = np.stack([noise.start for noise in noises]) * np.float32(plan.start_scale)
+        still = np.zeros_like(x)
+        denoiser = self.engine.denoiser(_batch(halves), *x.shape[2:])
+        for i, t in enumerate(plan.times):
+            predictions = denoiser(np.repeat(x, len(halves) // n, axis=0), float(t))
             if not np.isfinite(predictions).all():
                 raise EngineError(
-                    f"noise_pred: must be finite, got NaN or Inf at step {index + 1} of {len(steps)}; "
+                    f"noise_pred: must be finite, got NaN or Inf at step {i + 1} of {len(plan)}; "
                     f"run 'personalq verify {self.manifest.checkpoint.id}'"
                 )
-            x_0, eps = predict(self.schedule, t, x, guide(predictions, guidance))
-            x = ddim_step(self.schedule, len(steps), t, x_0, eps)
-            yield Step(index=index, n_steps=len(steps), timestep=t, latents=x, predicted=x_0)
+            said = predict(self.schedule, plan, i, x, guide(predictions, n, run.guidance), run.clip)
+            fresh = np.stack([noise.draw() for noise in noises]) if sampler.is_noisy else still
+            x = sampler.step(self.schedule, plan, i, x, said, fresh, trail)
+            yield Step(index=i, n_steps=len(plan), timestep=float(t), latents=x, predicted=said[0])
 
     def decode(self, latents: Array) -> Image:
         """latents (4,h,w) float32 -> picture (H,W,3) uint8."""
@@ -158,10 +171,12 @@ class Pipeline:
         scaled = latents[None] / np.float32(latent.scaling_factor) + np.float32(latent.shift_factor)
         return to_uint8(self.engine.decode(scaled)[0])
 
-    def image(self, prompt: str, **settings: Any) -> Image:
-        """Draw and decode one picture; settings as for `denoise`."""
-        latents = [step.latents for step in self.denoise(prompt, **settings)][-1]
-        return self.decode(latents)
+    def image(self, prompt: str, **options: Any) -> Image:
+        """Draw and decode one picture; options are fields of Picture and of Settings, by name."""
+        asked = {field.name for field in fields(Settings)} & options.keys()
+        settings = Settings(**{name: options.pop(name) for name in asked})
+        latents = [step.latents for step in self.denoise([Picture(prompt, **options)], settings)][-1]
+        return self.decode(latents[0])
 
     def _latent_shape(self, width: int | None, height: int | None) -> tuple[int, int, int]:
         latent = self.manifest.latent
@@ -173,11 +188,14 @@ class Pipeline:
         return (latent.channels, h, w)
 
 
-def guide(predictions: Array, guidance: float) -> Array:
-    """(1|2,4,h,w) -> (4,h,w): uncond + guidance * (cond - uncond) (Classifier-Free Diffusion Guidance, eq. 6)."""
-    if len(predictions) == 1:
-        return np.asarray(predictions[0], dtype=np.float32)
-    unconditional, conditional = predictions
+def guide(predictions: Array, n: int, guidance: float) -> Array:
+    """(n|2n,4,h,w), pairs side by side -> (n,4,h,w): uncond + guidance * (cond - uncond).
+
+    Classifier-Free Diffusion Guidance, eq. 6.
+    """
+    if len(predictions) == n:
+        return np.asarray(predictions, dtype=np.float32)
+    unconditional, conditional = predictions[0::2], predictions[1::2]
     return np.asarray(unconditional + np.float32(guidance) * (conditional - unconditional), dtype=np.float32)
 
 
@@ -185,6 +203,30 @@ def to_uint8(image: Array) -> Image:
     """(3,H,W) in -1..1 -> (H,W,3) uint8, rounded as diffusers rounds."""
     pixels = np.rint((image.transpose(1, 2, 0) / 2 + 0.5).clip(0, 1) * 255)
     return np.ascontiguousarray(pixels, dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One batch's decisions, made before its first step."""
+
+    sampler: str
+    plan: Plan
+    guidance: float
+    clip: float
+
+
+class _Noise:
+    """One picture's noise: the first draw of its seed is where it starts, later ones are what ancestral steps add."""
+
+    def __init__(self, picture: Picture, shape: tuple[int, ...]) -> None:
+        seeded = start_noise(picture.seed, shape)  # checks the seed, also where the noise is given
+        self.start = seeded if picture.noise is None else picture.noise
+        self._shape = self.start.shape
+        self._generator = np.random.default_rng(picture.seed)
+        self._generator.standard_normal(shape)
+
+    def draw(self) -> Array:
+        return self._generator.standard_normal(self._shape).astype(np.float32)
 
 
 def _batch(halves: list[PromptRows]) -> Conditioning:

@@ -1,11 +1,10 @@
-"""DDIM in numpy, obeying a base's own scheduler_config.json. Pure functions over arrays; it knows no engine or prompt.
+"""The noise schedule of a base, read from its own scheduler_config.json. Pure functions; the samplers are in samplers.
 
-Denoising Diffusion Implicit Models (Song et al., ICLR'21), eq. 12 with eta = 0, as diffusers' DDIMScheduler steps it;
-zero terminal SNR after Common Diffusion Noise Schedules and Sample Steps Are Flawed (Lin et al., WACV'24), algorithm 1.
+Zero terminal SNR after Common Diffusion Noise Schedules and Sample Steps Are Flawed (Lin et al., WACV'24), algorithm 1.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy.typing as npt
 from personalq.errors import EngineError
 
 Array = npt.NDArray[np.float32]
-Steps = npt.NDArray[np.int64]
 
 _LINEAR = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "timestep_spacing": "leading"}
 _SAMPLER = {**_LINEAR, "timestep_spacing": "linspace"}
@@ -40,13 +38,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "LCMScheduler": {**_KARRAS, "beta_schedule": "scaled_linear", "timestep_spacing": "leading"},
 }
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("leading", "trailing", "linspace")
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The noise schedule of a base. alphas_cumprod: (T,) float64 holding float32 values, as the model was trained with.
 
-    final_alpha: alpha_bar after the last step. clip: largest magnitude of the predicted image, inf = not clipped.
+    final_alpha: alpha_bar after DDIM's last step. clip: largest magnitude of the predicted image, inf = not clipped.
+    lcm_steps, lcm_scaling: the steps that an LCM was distilled with, and how its boundary scales time.
     """
 
     alphas_cumprod: npt.NDArray[np.float64]
@@ -55,6 +55,8 @@ class Schedule:
     spacing: str
     steps_offset: int
     clip: float
+    lcm_steps: int = 50
+    lcm_scaling: float = 10.0
 
     @property
     def n_train(self) -> int:
@@ -74,7 +76,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
             "scheduler: thresholding: must be off, got on: it is meant for pixels, not latents; set false"
         )
     prediction_type = str(_one_of(settings.get("prediction_type", "epsilon"), "prediction_type", PREDICTION_TYPES))
-    spacing = str(_one_of(settings["timestep_spacing"], "timestep_spacing", tuple(SPACINGS)))
+    spacing = str(_one_of(settings["timestep_spacing"], "timestep_spacing", SPACINGS))
     alphas_cumprod = _alphas_cumprod(settings)
     return Schedule(
         alphas_cumprod=alphas_cumprod,
@@ -83,67 +85,9 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
         spacing=spacing,
         steps_offset=int(settings.get("steps_offset", 0)),
         clip=float(settings.get("clip_sample_range", 1.0)) if settings["clip_sample"] else math.inf,
+        lcm_steps=int(settings.get("original_inference_steps", 50)),
+        lcm_scaling=float(settings.get("timestep_scaling", 10.0)),
     )
-
-
-def timesteps(schedule: Schedule, n_steps: int) -> Steps:
-    """(n_steps,) int64 time steps from noisy to clean. Raises EngineError when the schedule has no such steps."""
-    if not 1 <= n_steps <= schedule.n_train:
-        raise EngineError(f"steps: must be between 1 and {schedule.n_train}, got {n_steps}; choose another number")
-    steps = SPACINGS[schedule.spacing](schedule, n_steps)
-    if steps.max() >= schedule.n_train:
-        raise EngineError(
-            f"steps: must stay below time step {schedule.n_train}, got {steps.max()} "
-            f"with steps_offset {schedule.steps_offset}; use fewer steps"
-        )
-    return steps
-
-
-def predict(schedule: Schedule, t: int, x_t: Array, model_output: Array) -> tuple[Array, Array]:
-    """The model's output at time step t -> (x_0, eps), shaped like x_t, float32. x_0 is clipped if the base asks."""
-    alpha = float(schedule.alphas_cumprod[t])
-    a, b = np.float32(math.sqrt(alpha)), np.float32(math.sqrt(1 - alpha))
-    if schedule.prediction_type == "v_prediction":
-        x_0, eps = a * x_t - b * model_output, a * model_output + b * x_t
-    elif schedule.prediction_type == "sample":
-        x_0, eps = model_output, (x_t - a * model_output) / b
-    elif a > 0:
-        x_0, eps = (x_t - b * model_output) / a, model_output
-    else:
-        raise EngineError(
-            f"scheduler: prediction_type: must be v_prediction or sample at time step {t}, where nothing but noise is "
-            "left (rescale_betas_zero_snr), got epsilon; fix the base's scheduler_config.json"
-        )
-    return np.clip(x_0, -schedule.clip, schedule.clip, dtype=np.float32), np.asarray(eps, dtype=np.float32)
-
-
-def ddim_step(schedule: Schedule, n_steps: int, t: int, x_0: Array, eps: Array) -> Array:
-    """x_t's prediction (x_0, eps) -> x at the next cleaner time step: sqrt(a') x_0 + sqrt(1 - a') eps (eq. 12)."""
-    before = t - schedule.n_train // n_steps
-    alpha = float(schedule.alphas_cumprod[before]) if before >= 0 else schedule.final_alpha
-    return np.asarray(np.float32(math.sqrt(alpha)) * x_0 + np.float32(math.sqrt(1 - alpha)) * eps, dtype=np.float32)
-
-
-def _leading(schedule: Schedule, n_steps: int) -> Steps:
-    ratio = schedule.n_train // n_steps
-    return np.arange(n_steps, dtype=np.int64)[::-1] * ratio + schedule.steps_offset
-
-
-def _trailing(schedule: Schedule, n_steps: int) -> Steps:
-    # arange may give one step too many (1000 / n is rarely exact): a time step below 0, which we drop.
-    steps = np.round(np.arange(schedule.n_train, 0, -schedule.n_train / n_steps)).astype(np.int64) - 1
-    return np.asarray(steps[:n_steps])
-
-
-def _linspace(schedule: Schedule, n_steps: int) -> Steps:
-    return np.linspace(0, schedule.n_train - 1, n_steps).round()[::-1].astype(np.int64)
-
-
-SPACINGS: dict[str, Callable[[Schedule, int], Steps]] = {
-    "leading": _leading,
-    "trailing": _trailing,
-    "linspace": _linspace,
-}
 
 
 def _alphas_cumprod(settings: Mapping[str, Any]) -> npt.NDArray[np.float64]:

@@ -10,7 +10,7 @@ from personalq import checkin
 from personalq.checkin import Decision
 from personalq.errors import CheckinError, EngineError, RepositoryError
 from personalq.repository import Repository
-from runtime.generate import Settings, generate
+from runtime.generate import Order, Settings, generate
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_request_is_drawn_with_the_checkpoint_and_prompt_that_checkin_gives(
         repository,
         "my mug",
         out,
-        settings=Settings(steps=2, seed=3),
+        order=Order(seed=3, settings=Settings(steps=2)),
         progress=lambda text, done: told.append((text, done)),
     )
     assert (made.checkpoint, made.prompt, made.engine) == ("moss-mug", "a photo of sks mug", "onnxruntime")
@@ -53,13 +53,13 @@ def test_a_request_is_drawn_with_the_checkpoint_and_prompt_that_checkin_gives(
 def test_the_seed_decides_the_picture(repository: Repository, tmp_path: Path) -> None:
     files = [tmp_path / f"{i}.png" for i in range(3)]
     for file, seed in zip(files, (1, 1, 2), strict=True):
-        generate(repository, "sks mug", file, checkpoint="moss-mug", settings=Settings(steps=2, seed=seed))
+        generate(repository, "sks mug", file, Order("moss-mug", seed=seed, settings=Settings(steps=2)))
     assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
 
 
 def test_another_target_falls_back_with_its_reason(repository: Repository, tmp_path: Path) -> None:
-    settings = Settings(steps=1, target="tensorrt")
-    made = generate(repository, "sks mug", tmp_path / "a.png", checkpoint="moss-mug", settings=settings)
+    order = Order("moss-mug", "tensorrt", settings=Settings(steps=1))
+    made = generate(repository, "sks mug", tmp_path / "a.png", order)
     assert made.engine == "onnxruntime" and "no TensorRT engine" in made.fallback_reason
 
 
@@ -80,6 +80,6 @@ def test_no_fitting_checkpoint_is_the_error(
 
 def test_unknown_names_are_refused(repository: Repository, tmp_path: Path) -> None:
     with pytest.raises(RepositoryError, match="nearest: moss-mug"):
-        generate(repository, "x", tmp_path / "a.png", checkpoint="mos-mug")
+        generate(repository, "x", tmp_path / "a.png", Order("mos-mug"))
     with pytest.raises(EngineError, match="target: must be one of"):
-        generate(repository, "x", tmp_path / "a.png", checkpoint="moss-mug", settings=Settings(target="abacus"))
+        generate(repository, "x", tmp_path / "a.png", Order("moss-mug", "abacus"))

@@ -11,7 +11,8 @@ import pytest
 from personalq.errors import EngineError, PromptError
 from personalq.numerics import psnr_db
 from runtime.engine import OrtEngine
-from runtime.pipeline import Pipeline, guide, start_noise, to_uint8
+from runtime.pipeline import Picture, Pipeline, Settings, guide, start_noise, to_uint8
+from runtime.samplers import SAMPLERS
 
 PROMPT = "a photo of sks dog on the beach"
 
@@ -39,15 +40,15 @@ def test_start_noise_is_pinned_for_all_time() -> None:
 
 
 def test_steps_arrive_one_by_one_and_may_be_abandoned(pipeline: Pipeline) -> None:
-    steps = list(pipeline.denoise(PROMPT, steps=3))
+    steps = list(pipeline.denoise([Picture(PROMPT)], Settings(steps=3)))
     assert [(step.index, step.n_steps, step.timestep) for step in steps] == [(0, 3, 999), (1, 3, 666), (2, 3, 332)]
     assert len({step.latents.tobytes() for step in steps}) == 3
-    assert steps[-1].latents.shape == steps[-1].predicted.shape == (4, 8, 8)
-    assert (next(iter(pipeline.denoise(PROMPT, steps=3))).latents == steps[0].latents).all()
+    assert steps[-1].latents.shape == steps[-1].predicted.shape == (1, 4, 8, 8)
+    assert (next(iter(pipeline.denoise([Picture(PROMPT)], Settings(steps=3)))).latents == steps[0].latents).all()
 
 
 def test_the_last_latents_are_the_predicted_ones_when_the_schedule_ends_clean(pipeline: Pipeline) -> None:
-    last = list(pipeline.denoise(PROMPT))[-1]
+    last = list(pipeline.denoise([Picture(PROMPT)]))[-1]
     assert np.allclose(last.latents, last.predicted, atol=1e-6)
 
 
@@ -66,9 +67,9 @@ def test_guidance_one_runs_one_half(pipeline: Pipeline, monkeypatch: pytest.Monk
 
 
 def test_guidance_is_uncond_plus_scale_times_difference() -> None:
-    halves = np.array([[[[1.0]]], [[[3.0]]]], dtype=np.float32)
-    assert guide(halves, 4.0).tolist() == [[[9.0]]]
-    assert guide(halves[:1], 4.0).tolist() == [[[1.0]]]
+    halves = np.array([1.0, 3.0, 2.0, 2.5], dtype=np.float32).reshape(4, 1, 1, 1)
+    assert guide(halves, 2, 4.0).ravel().tolist() == [9.0, 4.0]
+    assert guide(halves[:1], 1, 4.0).ravel().tolist() == [1.0]
 
 
 def test_a_batch_of_two_equals_two_runs(pipeline: Pipeline) -> None:
@@ -78,8 +79,8 @@ def test_a_batch_of_two_equals_two_runs(pipeline: Pipeline) -> None:
         pipeline.engine.denoiser(pipeline.rows(prompt).conditioning, 8, 8)(noise[None], 999.0)[0].copy()
         for prompt in ("", PROMPT)
     ]
-    step = next(iter(pipeline.denoise(PROMPT, steps=1, guidance=3.0, noise=noise)))
-    expected = -guide(np.stack(alone), 3.0)  # v-prediction at zero SNR: x_0 = -v
+    step = next(iter(pipeline.denoise([Picture(PROMPT, noise=noise)], Settings(steps=1, guidance=3.0))))
+    expected = -guide(np.stack(alone), 1, 3.0)  # v-prediction at zero SNR: x_0 = -v
     assert np.allclose(step.latents, expected, atol=1e-5)
 
 
@@ -90,8 +91,23 @@ def test_a_negative_prompt_changes_the_picture(pipeline: Pipeline) -> None:
 def test_other_sizes_are_drawn_and_wrong_ones_refused(pipeline: Pipeline) -> None:
     assert pipeline.image(PROMPT, width=24, height=8, steps=1).shape == (8, 24, 3)
     with pytest.raises(EngineError) as error:
-        pipeline.denoise(PROMPT, width=15)
+        pipeline.denoise([Picture(PROMPT)], Settings(width=15))
     assert str(error.value) == "width: must be a multiple of 2, got 15; choose another size"
+
+
+def test_a_batch_of_prompts_draws_what_each_draws_alone(pipeline: Pipeline) -> None:
+    pictures = [Picture(PROMPT, seed=1), Picture("a cat", "snow", seed=2), Picture("", seed=3)]
+    settings = Settings(steps=3, sampler="euler_a")
+    together = list(pipeline.denoise(pictures, settings))[-1].latents
+    for picture, latents in zip(pictures, together, strict=True):
+        alone = list(pipeline.denoise([picture], settings))[-1].latents[0]
+        assert np.allclose(alone, latents, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_by_its_seed(pipeline: Pipeline, sampler: str) -> None:
+    images = [pipeline.image(PROMPT, seed=seed, steps=3, sampler=sampler) for seed in (1, 1, 2)]
+    assert (images[0] == images[1]).all() and (images[0] != images[2]).any()
 
 
 @pytest.mark.parametrize(
@@ -101,15 +117,19 @@ def test_other_sizes_are_drawn_and_wrong_ones_refused(pipeline: Pipeline) -> Non
         ({"guidance": math.nan}, "guidance: must be 1 (none) or more, got nan; 4 to 8 is usual"),
         ({"seed": -1}, "seed: must be 0 or more, got -1; choose another seed"),
         ({"steps": 0}, "steps: must be between 1 and 1000, got 0; choose another number"),
+        (
+            {"sampler": "plms"},
+            "sampler: must be one of ddim, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, lcm, got 'plms'; choose one of them",
+        ),
         ({"height": 0}, "height: must be a multiple of 2, got 0; choose another size"),
     ],
-    ids=["guidance", "guidance nan", "seed", "steps", "height"],
+    ids=["guidance", "guidance nan", "seed", "steps", "sampler", "height"],
 )
 def test_wrong_settings_are_refused_before_the_first_step(
     pipeline: Pipeline, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(EngineError) as error:
-        pipeline.denoise(PROMPT, **settings)
+        pipeline.image(PROMPT, **settings)
     assert str(error.value) == message
 
 
@@ -162,7 +182,7 @@ def test_a_long_prompt_warns_each_time_with_what_was_cut(pipeline: Pipeline, cap
 def test_a_prompt_whose_trigger_is_cut_is_refused(pipeline: Pipeline, tail: str) -> None:
     prompt = "snow " * 74 + tail
     with pytest.raises(PromptError) as error:
-        pipeline.denoise(prompt)
+        pipeline.denoise([Picture(prompt)])
     trigger, cut = ("sks", "sks dog") if "sks" in tail else ("<moss-mug>", "<moss-mug>_1 snow")
     assert str(error.value) == (
         f"prompt: its trigger {trigger!r} must be within the first 77 tokens, got it in what is cut ({cut!r}); "
@@ -178,7 +198,7 @@ def test_predictions_that_explode_are_refused(pipeline: Pipeline, monkeypatch: p
     broken = np.full((2, 4, 8, 8), np.nan, np.float32)
     monkeypatch.setattr(pipeline.engine, "denoiser", lambda *_: lambda *_: broken)
     with pytest.raises(EngineError) as error:
-        list(pipeline.denoise(PROMPT))
+        list(pipeline.denoise([Picture(PROMPT)]))
     assert str(error.value) == (
         "noise_pred: must be finite, got NaN or Inf at step 1 of 4; run 'personalq verify moss-mug'"
     )
