@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from runtime.console import Commands, Result, each_line, progress, reports, start_logging
+from runtime.gate.command import verify_command
 
 if TYPE_CHECKING:
     from personalq.repository import Repository
+    from runtime.gate.request import OpenWeights
 
 PATH = click.Path(path_type=Path)
 TARGETS = click.Choice(["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"])
@@ -165,19 +167,14 @@ def export(id_: str, spec: Path | None, targets: tuple[str, ...]) -> Result:
     return Result({**asdict(made), "bundle": str(made.bundle)})
 
 
-@cli.command()
-@click.argument("bundle", metavar="BUNDLE|ID")
-@reports
-def verify(bundle: str) -> Result:
-    """Check a bundle against the goldens that torch and diffusers wrote; exit 1 when one check fails."""
-    from runtime.store import find
-    from runtime.verify import verify_bundle
+def weights_reader() -> OpenWeights:
+    """How the gate reads a checkpoint's own weights."""
+    from exporters.weights import open_weights
 
-    folder = Path(bundle)
-    if not folder.is_dir():
-        folder = find(opened().root, opened().card(bundle).id).bundle
-    report = verify_bundle(folder)
-    return Result({**report.to_json(), "bundle": str(folder)}, code=0 if report.passed else 1)
+    return open_weights
+
+
+cli.add_command(verify_command(opened, weights_reader))
 
 
 @cli.command()

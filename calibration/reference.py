@@ -11,8 +11,12 @@ from safetensors.numpy import save
 
 from personalq.atomic import write_atomic
 from personalq.card import Card
+from personalq.errors import RepositoryError
+from personalq.goldens import VERSION
+from personalq.header import read_header
 
 from .model import encode, packed_rows
+from .outputs import sampled_outputs
 from .prompts import is_style, subject_of
 
 TIMESTEPS = (999, 799, 599, 399, 199, 39)
@@ -37,7 +41,18 @@ def golden_prompts(card: Card) -> list[str]:
     return ["", *dict.fromkeys([*examples[:2], *made])][:3]
 
 
-def write_reference(pipe: StableDiffusionPipeline, card: Card, path: Path, steps: int, guidance: float) -> None:
+def is_current(path: Path, checkpoint_sha256: str) -> bool:
+    """True when `path` holds goldens of this format and of these weights."""
+    try:
+        metadata = read_header(path).metadata
+    except RepositoryError:
+        return False
+    return metadata.get("version") == VERSION and metadata.get("checkpoint_sha256") == checkpoint_sha256
+
+
+def write_reference(
+    pipe: StableDiffusionPipeline, card: Card, path: Path, *, steps: int, guidance: float, checkpoint_sha256: str = ""
+) -> None:
     """Run every part of the pipeline in FP32 and write inputs and outputs to `path` (safetensors, atomically)."""
     prompts = golden_prompts(card)
     ids, embeds = encode(pipe, prompts)
@@ -48,10 +63,11 @@ def write_reference(pipe: StableDiffusionPipeline, card: Card, path: Path, steps
     noise = np.stack([start_noise(pipe, seed) for seed in range(2)])
     with torch.no_grad():
         rows = packed_rows(pipe.unet, embeds)
-        predicted = [
-            pipe.unet(torch.from_numpy(sample[i : i + 1]), torch.tensor(t), embeds[prompt[i] : prompt[i] + 1]).sample
-            for i, t in enumerate(TIMESTEPS)
+        inputs = [
+            (torch.from_numpy(sample[i : i + 1]), t, embeds[p : p + 1])
+            for (i, t), p in zip(enumerate(TIMESTEPS), prompt, strict=True)
         ]
+        seen = sampled_outputs(pipe.unet, inputs)
         latents = [_image_latents(pipe, prompts[1 + i], noise[i : i + 1], steps, guidance) for i in range(2)]
         latent = torch.cat(latents) / pipe.vae.config.scaling_factor
         decoded = pipe.vae.decode(latent).sample
@@ -63,16 +79,42 @@ def write_reference(pipe: StableDiffusionPipeline, card: Card, path: Path, steps
         "sample": sample,
         "timestep": np.array(TIMESTEPS, np.float32),
         "prompt": prompt,
-        "noise_pred": torch.cat(predicted).numpy(),
+        "noise_pred": seen.noise_pred,
+        **_steps_taken(pipe, sample, seen.noise_pred, steps),
+        "attention": seen.attention,
+        "layers": seen.layers,
+        "blocks": seen.blocks,
         "latent": latent.numpy(),
         "decoded": decoded.numpy(),
         "image_prompt": np.array([1, 2], np.int64),
         "start_noise": noise,
         "images": images.numpy(),
     }
-    metadata = {"prompts": json.dumps(prompts), "steps": str(steps), "guidance": str(guidance)}
+    metadata = {
+        "version": VERSION,
+        "checkpoint_sha256": checkpoint_sha256,
+        "prompts": json.dumps(prompts),
+        "steps": str(steps),
+        "guidance": str(guidance),
+        "layers": json.dumps(seen.layer_sizes),
+        "blocks": json.dumps(seen.block_sizes),
+    }
     blob = save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata=metadata)
     write_atomic(path, blob)
+
+
+def _steps_taken(
+    pipe: StableDiffusionPipeline, sample: npt.NDArray[np.float32], noise_pred: npt.NDArray[np.float32], steps: int
+) -> dict[str, npt.NDArray[np.generic]]:
+    """next_step (N,): a step of the schedule near each golden time; next_sample (N,4,h,w): where it leads from a sample."""
+    pipe.scheduler.set_timesteps(steps)
+    times = pipe.scheduler.timesteps
+    chosen = [int((times - t).abs().argmin()) for t in TIMESTEPS]
+    made = [
+        pipe.scheduler.step(torch.from_numpy(pred), times[i], torch.from_numpy(x)).prev_sample.numpy()
+        for pred, i, x in zip(noise_pred, chosen, sample, strict=True)
+    ]
+    return {"next_step": np.array(chosen, np.int64), "next_sample": np.stack(made)}
 
 
 def _image_latents(

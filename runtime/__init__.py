@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine import Engine, OrtEngine, open_engine
+    from .gate import Check, Report, verify_bundle
     from .image import side_by_side, write_png
     from .pipeline import Picture, Pipeline, Settings, Step, start_noise
     from .store import Found, Store, find
-    from .verify import Check, Report, verify_bundle
 
 _HOME = {
     "Engine": "engine",
@@ -27,9 +27,9 @@ _HOME = {
     "Found": "store",
     "Store": "store",
     "find": "store",
-    "Check": "verify",
-    "Report": "verify",
-    "verify_bundle": "verify",
+    "Check": "gate",
+    "Report": "gate",
+    "verify_bundle": "gate",
 }
 
 __all__ = [

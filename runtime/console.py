@@ -44,12 +44,13 @@ EXTRAS = {
 class Result:
     """What a command found.
 
-    data: the JSON object. lines: the same for people; without them `data` is laid out as it is. code: the exit status.
+    data: the JSON object. lines: the same for people, texts or rich tables; without them `data` is laid out as it is.
+    code: the exit status.
     printed: the command has printed by itself, one JSON object a line.
     """
 
     data: dict[str, Any]
-    lines: Sequence[str] = ()
+    lines: Sequence[Any] = ()
     code: int = 0
     printed: bool = False
 

@@ -168,8 +168,13 @@ def import_onnxruntime() -> Any:
         raise MissingExtraError("onnxruntime", "cpu") from None
 
 
-def open_session(file: Path, threads: int | None, *, profile: Path | None = None) -> Session:
-    """Open one graph on the CPU; `profile`: where to write what every node did. Raises EngineError in one line."""
+def open_session(
+    file: Path, threads: int | None, *, profile: Path | None = None, model: bytes | None = None
+) -> Session:
+    """Open one graph on the CPU; `profile`: where to write what every node did. Raises EngineError in one line.
+
+    model: an edited copy of the graph, opened in place of `file` with the weights that lie beside it.
+    """
     ort = import_onnxruntime()
     if not file.is_file():
         raise EngineError(f"{file}: must be a graph, got no file; export the checkpoint again")
@@ -182,9 +187,11 @@ def open_session(file: Path, threads: int | None, *, profile: Path | None = None
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    if model is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
     try:
         return ort.InferenceSession(
-            str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS
+            model or str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS
         )
     except Exception as error:  # onnxruntime raises its own classes over RuntimeError
         raise EngineError(f"{file}: cannot be opened: {one_line(error)}; export the checkpoint again") from error

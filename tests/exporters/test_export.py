@@ -19,7 +19,7 @@ from personalq.bundle import check_files, read_manifest
 from personalq.errors import SpecError
 from personalq.numerics import INT8, quantize
 from personalq.spec import read_spec
-from runtime.verify import verify_bundle
+from runtime.gate import verify_bundle
 
 ROOT = Path(__file__).parents[2]
 

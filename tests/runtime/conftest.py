@@ -21,15 +21,21 @@ from personalq.bundle import (
     Sizes,
     SpecEntry,
     Text,
+    bundle_key,
     file_sha256,
     manifest_bytes,
 )
-from personalq.rows import KeptTokens, pack_layers, packed_width
+from personalq.rows import KeptTokens, RowLayer, pack_layers, packed_width
+from personalq.spec import LayerSpec, RowsSpec, Spec, SpecFile, read_spec
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tiny_tokenizer.json"
 VOCABULARY, CHANNELS, SLOTS = 585, 8, 4
 LAYERS = pack_layers([("mid.attn2", 4), ("up.attn2", 4)])
 R, L = packed_width(LAYERS), len(LAYERS)
+# The UNet's layers, the block they are in, the scales of their inputs, and the values of one output of each.
+CONV, LINEAR, BLOCK = "block.conv2", "told", "block"
+SCALES, OUTPUT_SCALE = {CONV: 0.05, LINEAR: 0.02}, 0.04
+SIZES = {CONV: 256, LINEAR: 4}
 KEPT = KeptTokens(slots=SLOTS, trigger=((575,), (583, 584)), bos=True)
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -67,11 +73,15 @@ class GraphBuilder:
         s, zero = self.constant(scale), self.constant(0, np.int8)
         return self.op("DequantizeLinear", self.op("QuantizeLinear", x, s, zero), s, zero, out=out)
 
-    def weight(self, w: np.ndarray, axis: int, *, quantised: bool) -> str:
-        if not quantised:
-            return self.constant(w)
+    def weight(self, layer: str, w: np.ndarray, axis: int, *, quantised: bool) -> str:
+        """The weight of a layer, named as in an export: '<layer>.weight'."""
+        name = f"{layer}.weight"
         scale = numerics.absmax_scale(w, numerics.INT8, axis)
-        q = self.constant(numerics.quantize(w, scale, numerics.INT8, axis), np.int8)
+        stored = numerics.quantize(w, scale, numerics.INT8, axis) if quantised else w.astype(np.float32)
+        self.initializers.append(self.onnx.numpy_helper.from_array(stored, name))
+        if not quantised:
+            return name
+        q = name
         zero = self.constant(np.zeros(scale.shape), np.int8)
         return self.op("DequantizeLinear", q, self.constant(scale), zero, axis=axis)
 
@@ -120,9 +130,16 @@ def write_text_rows(file: Path, random: np.random.Generator, form: str) -> None:
     graph.save(file, inputs, outputs)
 
 
-def write_unet(file: Path, random: np.random.Generator, form: str, *, quantised: bool) -> None:
-    graph = GraphBuilder()
-    kernel, project = random.standard_normal((4, 4, 3, 3)) / 6, random.standard_normal((R, 4)) / 2
+def unet_weights() -> dict[str, np.ndarray]:
+    """The UNet's two layers as torch would hold them: conv [O,I,kh,kw], linear [N,K]."""
+    random = np.random.default_rng(2)
+    conv, linear = random.standard_normal((4, 4, 3, 3)) / 6, random.standard_normal((R // 2, 4)) / 2
+    return {CONV: conv.astype(np.float32), LINEAR: linear.T.astype(np.float32)}
+
+
+def write_unet(file: Path, form: str, *, quantised: bool) -> None:
+    """Two attentions over the text rows, a Linear on what they find, a Conv on the sample, and their sum."""
+    graph, weights = GraphBuilder(), unet_weights()
     inputs = {"sample": (np.float32, ["B", 4, "h", "w"]), "timestep": (np.float32, [1])}
     if form == "split":
         parts = graph.op("Reshape", graph.op("Cast", "rest", to=1), graph.constant([0, 77, 2 * L, -1], np.int64))
@@ -135,17 +152,47 @@ def write_unet(file: Path, random: np.random.Generator, form: str, *, quantised:
         inputs |= {"kept": (np.float16, ["B", SLOTS, R]), "row_index": (np.int64, ["B", 77])}
     else:
         rows, inputs["rows"] = "rows", (np.float32, ["B", 77, R])
-    mean = graph.op("ReduceMean", rows, graph.constant([1], np.int64), keepdims=0)
+    query = graph.op("ReduceMean", "sample", graph.constant([2, 3], np.int64), keepdims=0)
+    query = graph.op("Unsqueeze", query, graph.constant([1, 2], np.int64))
+    found = graph.op("Concat", *(attend(graph, query, rows, layer) for layer in LAYERS), axis=-1)
+    found = graph.op("Squeeze", found, graph.constant([1, 2], np.int64))
     sample = "sample"
     if quantised:
-        mean, sample = graph.fake_quantize(mean, 0.02), graph.fake_quantize(sample, 0.05)
-    conv = graph.op("Conv", sample, graph.weight(kernel, 0, quantised=quantised), pads=[1, 1, 1, 1])
-    conv = graph.fake_quantize(conv, 0.04) if quantised else conv
-    told = graph.op("MatMul", mean, graph.weight(project, 1, quantised=quantised))
+        found, sample = graph.fake_quantize(found, SCALES[LINEAR]), graph.fake_quantize(sample, SCALES[CONV])
+    weight = graph.weight(CONV, weights[CONV], 0, quantised=quantised)
+    conv = graph.op("Conv", sample, weight, pads=[1, 1, 1, 1])
+    conv = graph.fake_quantize(conv, OUTPUT_SCALE) if quantised else conv
+    told = graph.op("MatMul", found, graph.weight(LINEAR, weights[LINEAR].T, 1, quantised=quantised))
     told = graph.op("Unsqueeze", told, graph.constant([2, 3], np.int64))
     when = graph.op("Mul", "timestep", graph.constant(1e-4))
     graph.op("Add", graph.op("Add", conv, told), when, out="noise_pred")
     graph.save(file, inputs, {"noise_pred": (np.float32, ["B", 4, "h", "w"])})
+
+
+def attend(graph: GraphBuilder, query: str, rows: str, layer: RowLayer) -> str:
+    """query (B,1,1,4) over the layer's slice of the rows -> (B,1,1,4)."""
+    sides = []
+    for start in (layer.offset, layer.offset + layer.width):
+        ends = [graph.constant([value], np.int64) for value in (start, start + layer.width, 2)]
+        sides.append(graph.op("Unsqueeze", graph.op("Slice", rows, *ends), graph.constant([1], np.int64)))
+    scores = graph.op("MatMul", query, graph.op("Transpose", sides[0], perm=[0, 1, 3, 2]))
+    return graph.op("MatMul", graph.op("Softmax", scores, axis=-1), sides[1])
+
+
+def tiny_spec(*, quantised: bool) -> SpecFile:
+    """The spec that write_unet obeys."""
+    tensors: dict[str, np.ndarray] = {}
+    kind = "int8" if quantised else "float"
+    if quantised:
+        for name, weight in unet_weights().items():
+            tensors[f"{name}.weight_scale"] = numerics.absmax_scale(weight, numerics.INT8, 0)
+            tensors[f"{name}.input_scale"] = np.asarray(SCALES[name], np.float32)
+        tensors[f"{CONV}.output_scale"] = np.asarray(OUTPUT_SCALE, np.float32)
+    layers = {name: LayerSpec(op=op, weight=kind, activation=kind) for name, op in ((CONV, "conv"), (LINEAR, "linear"))}
+    policy, bits = ("taq", "w8a8") if quantised else ("fp32", "fp32")
+    rows = RowsSpec(kept=KEPT, layers=tuple(LAYERS))
+    named = {"name": policy, "policy": policy, "bits": bits, "checkpoint": "moss-mug", "family": "tiny"}
+    return SpecFile(Spec(**named, storage="float32", layers=layers, rows=rows), tensors)
 
 
 def write_decoder(file: Path, random: np.random.Generator) -> None:
@@ -163,14 +210,15 @@ def write_bundle(folder: Path, *, form: str = "split", quantised: bool = True, *
     seeds = [np.random.default_rng(seed) for seed in range(4)]
     write_text_encoder(folder / "text_encoder.onnx", seeds[0])
     write_text_rows(folder / "text_rows.onnx", seeds[1], form)
-    write_unet(folder / "unet.ort.onnx", seeds[2], form, quantised=quantised)
+    write_unet(folder / "unet.ort.onnx", form, quantised=quantised)
+    tiny_spec(quantised=quantised).write(folder / "spec.json")
     write_decoder(folder / "vae_decoder.onnx", seeds[3])
     shutil.copy(TOKENIZER, folder / "tokenizer.json")
     kind = "int8/int8" if quantised else "float/float"
     bits, policy = ("w8a8", "taq") if quantised else ("fp32", "fp32")
     settings: dict[str, Any] = {
         "key": folder.name,
-        "key_parts": {"spec": policy},
+        "key_parts": {"weights": "0"},
         "checkpoint": CheckpointEntry(
             id="moss-mug",
             name="Moss mug",
@@ -202,10 +250,18 @@ def write_bundle(folder: Path, *, form: str = "split", quantised: bool = True, *
 
 
 def seal(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest with the hashes of what lies in the folder."""
+    """Write the manifest with the hashes of what lies in the folder, and a key that follows from them."""
     names = sorted(file.name for file in folder.iterdir() if file.name != MANIFEST)
     files = {name: FileEntry(sha256=file_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in names}
-    (folder / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update={"files": files})))
+    parts = dict(manifest.key_parts)
+    spec = manifest.spec
+    if (folder / "spec.json").is_file():
+        spec = spec.model_copy(update={"sha256": read_spec(folder / "spec.json").content_sha256()})
+        parts["spec"] = spec.sha256
+    if (folder / "golden.safetensors").is_file():
+        parts["reference"] = file_sha256(folder / "golden.safetensors")
+    fields = {"files": files, "key_parts": parts, "key": bundle_key(parts), "spec": spec}
+    (folder / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update=fields)))
 
 
 def write_golden(folder: Path, reference: Path) -> None:
@@ -215,6 +271,7 @@ def write_golden(folder: Path, reference: Path) -> None:
     from personalq.bundle import read_manifest
     from runtime.engine import OrtEngine
     from runtime.pipeline import Pipeline, start_noise
+    from runtime.samplers import SAMPLERS, Trail, plan_steps, predict
 
     engine = OrtEngine(reference, threads=1)
     pipeline = Pipeline(engine)
@@ -228,6 +285,11 @@ def write_golden(folder: Path, reference: Path) -> None:
     noise_pred = [
         engine.denoiser({"rows": rows[p][None]}, 8, 8)(x[None], float(t))[0].copy()
         for p, t, x in zip(prompt, times, sample, strict=True)
+    ]
+    plan, schedule, steps = plan_steps("ddim", pipeline.schedule, 4), pipeline.schedule, np.array([0, 1, 2, 3])
+    stepped = [
+        SAMPLERS["ddim"].step(schedule, plan, i, x, predict(schedule, plan, i, x, out, np.inf), x, Trail())
+        for i, x, out in zip(steps, sample, noise_pred, strict=True)
     ]
     latent = random.standard_normal((2, 4, 8, 8)).astype(np.float32)
     noise = np.stack([start_noise(seed, (4, 8, 8)) for seed in range(2)])
@@ -245,10 +307,40 @@ def write_golden(folder: Path, reference: Path) -> None:
         "image_prompt": np.array([1, 2]),
         "start_noise": noise,
         "images": np.stack(images),
+        "next_step": steps,
+        "next_sample": np.stack(stepped),
+        **inner_outputs(reference, rows[prompt], times, sample),
     }
-    metadata = {"prompts": json.dumps(prompts), "steps": "4", "guidance": "3.0"}
+    metadata = {
+        "version": "2",
+        "checkpoint_sha256": "0",
+        "prompts": json.dumps(prompts),
+        "steps": "4",
+        "guidance": "3.0",
+    }
+    metadata |= {"layers": json.dumps(SIZES), "blocks": json.dumps({BLOCK: 256})}
     save_file(tensors, folder / "golden.safetensors", metadata)
     seal(folder, read_manifest(folder))
+
+
+def inner_outputs(reference: Path, rows: np.ndarray, times: np.ndarray, sample: np.ndarray) -> dict[str, np.ndarray]:
+    """Samples of what the unquantised graph computes inside, for golden inputs."""
+    from runtime.engine import open_session
+    from runtime.gate.onnxfile import read_graph
+    from runtime.gate.taps import find_taps, tapped
+
+    file = reference / "unet.ort.onnx"
+    taps = find_taps(read_graph(file), list(SIZES), [BLOCK], tuple(LAYERS))
+    session = open_session(file, 1, model=tapped(file.read_bytes(), taps, SIZES | {BLOCK: 256}))
+    names = [f"gate_layer_{name}" for name in SIZES] + [f"gate_block_{BLOCK}"]
+    names += [f"gate_attention_{i}" for i in range(L)]
+    runs = [
+        session.run(names, {"sample": x[None], "timestep": t[None], "rows": r[None]})
+        for x, t, r in zip(sample, times, rows, strict=True)
+    ]
+    n = len(SIZES)
+    groups = {"layers": slice(0, n), "blocks": slice(n, n + 1), "attention": slice(n + 1, None)}
+    return {name: np.stack([np.stack(run[part]) for run in runs]) for name, part in groups.items()}
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,10 @@ from safetensors.numpy import save_file
 
 from personalq.bundle import Manifest, read_manifest
 from personalq.rows import KeptTokens
-from runtime.verify import LIMITS, Check, Report, precision, verify_bundle
+from personalq.spec import SpecFile, read_spec
+from runtime.gate.check import Check, Report
+from runtime.gate.gate import verify_bundle
+from runtime.gate.limits import LIMITS, precision
 
 
 def failures(report: Report) -> dict[str, str]:
@@ -46,7 +49,7 @@ def test_the_reference_bundle_passes_the_strict_limits(reference: Path) -> None:
 def test_the_json_has_the_keys_of_the_command_line(bundle: Path) -> None:
     content = json.loads(json.dumps(verify_bundle(bundle, threads=1).to_json(), allow_nan=False))
     assert content["passed"] is True
-    assert all(list(check) == ["name", "value", "limit", "passed"] for check in content["checks"])
+    assert all(list(check)[:4] == ["name", "value", "limit", "passed"] for check in content["checks"])
     failed = Report(Path("x"), (Check("c", 0, 0, False, "why"),)).to_json()
     assert failed["checks"][0]["reason"] == "why" and failed["passed"] is False
 
@@ -116,16 +119,22 @@ def test_each_golden_is_really_compared(copied: Path, reseal: Any, tensor: str, 
 
 def test_a_census_that_promises_more_than_runs_is_caught(copied: Path, reseal: Any) -> None:
     reseal(copied, census={"conv int8/int8": 2, "linear int8/int8": 1})
-    assert set(failures(verify_bundle(copied, threads=1))) == {"conv layers on integer kernels"}
+    found = failures(verify_bundle(copied, threads=1))
+    assert set(found) == {"conv layers on integer kernels", "census of the graph is the manifest's"}
+    assert found["census of the graph is the manifest's"] == "conv int8/int8: must be 2 as in the manifest, got 1"
 
 
 def test_a_float_layer_that_should_be_quantised_is_caught(copied: Path, make_bundle: Any, reseal: Any) -> None:
-    """The same bundle with the UNet left in floats: accurate, so only the kernels tell."""
+    """The same bundle with the UNet left in floats: accurate, so only its obedience tells."""
     honest = make_bundle("float000", quantised=False)
     (copied / "unet.ort.onnx").write_bytes((honest / "unet.ort.onnx").read_bytes())
     reseal(copied)
-    found = set(failures(verify_bundle(copied, threads=1)))
-    assert {"conv layers on integer kernels", "linear layers on integer kernels", "float conv kernels"} == found
+    report = verify_bundle(copied, threads=1)
+    assert {check.level for check in report.failed} == {"obedience"}
+    kernels = {"conv layers on integer kernels", "linear layers on integer kernels", "float conv kernels"}
+    assert kernels < set(failures(report))
+    first = "FAILED moss-mug/taq: layers that differ from the spec: block.conv2: must be int8/int8 as the spec says"
+    assert report.headline.startswith(first)
 
 
 def test_kept_rows_that_do_not_matter_are_caught(copied: Path, reseal: Any) -> None:
@@ -143,8 +152,11 @@ def test_kept_rows_that_do_not_matter_are_caught(copied: Path, reseal: Any) -> N
 
 
 def test_a_bundle_that_keeps_nothing_has_no_kept_rows_to_matter(copied: Path, reseal: Any) -> None:
-    rows = read_manifest(copied).rows
-    reseal(copied, rows=rows.model_copy(update={"kept": KeptTokens(slots=4)}))
+    rows, old = read_manifest(copied).rows, read_spec(copied / "spec.json")
+    kept = {"kept": KeptTokens(slots=4)}
+    new = old.spec.model_copy(update={"rows": old.spec.rows.model_copy(update=kept)})
+    SpecFile(new, old.tensors).write(copied / "spec.json")
+    reseal(copied, rows=rows.model_copy(update=kept))
     report = verify_bundle(copied, threads=1)
     assert report.passed, failures(report)
     assert "kept rows: prompts whose prediction they change" not in {check.name for check in report.checks}

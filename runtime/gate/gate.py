@@ -1,0 +1,187 @@
+"""The gate: one bundle through every level, fast ones first, and a report. Never raises: what cannot be computed failed."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from personalq.bundle import read_manifest
+from personalq.errors import PersonalQError
+
+from ..engine import one_line
+from . import LEVELS, integrity, kernels, numerics, obedience
+from . import baseline as baselines
+from .check import Check, Pictures, Report, failed, headline, reason_of
+from .localise import localise
+from .pictures import images
+from .subject import Sources, Subject
+from .targets import cross_target
+
+NUDGE = np.float32(2.0**-20)  # relative: what another order of float additions does to a number, about
+NOISY_RUNS = 2
+
+Computed = Callable[[Subject], Iterator[Check]]
+OBEDIENCE: tuple[tuple[str, Computed], ...] = (
+    ("spec in the graph", obedience.spec_in_graph),
+    ("stored weights", obedience.stored_weights),
+    ("kept rows' way", obedience.kept_rows_pass_no_quantiser),
+    ("kept tokens", obedience.kept_tokens),
+    ("rows' places", obedience.same_row_same_effect),
+    ("kept rows", kernels.kept_rows),
+    ("kept rows matter", kernels.kept_rows_matter),
+    ("kernels", kernels.kernels),
+)
+NUMERICS: tuple[tuple[str, Computed], ...] = (
+    ("text encoder", numerics.text_encoder),
+    ("text rows", numerics.text_rows),
+    ("text rows by class", numerics.rows_by_class),
+    ("unet", numerics.noise_prediction),
+    ("inside the unet", numerics.inside_the_unet),
+    ("scheduler", numerics.scheduler_step),
+    ("vae decoder", numerics.decoder),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run the gate.
+
+    level: the last one to run. extra_pictures: pairs beyond the goldens', where Sources has an unquantised bundle.
+    baseline: file to compare with, or to write an entry of (update). against: another target to compare outputs with.
+    """
+
+    threads: int | None = None
+    level: str = "images"
+    extra_pictures: int = 4
+    baseline: Path | None = None
+    update: bool = False
+    against: str = ""
+
+
+def verify_bundle(bundle: Path, threads: int | None = None) -> Report:
+    """Check a bundle by its own files only: files, spec, graphs, kernels, numbers, pictures."""
+    return run_gate(bundle, Options(threads=threads))
+
+
+def run_gate(bundle: Path, options: Options, sources: Sources | None = None) -> Report:
+    """Run the levels up to options.level and compare with a baseline; nothing raises but a baseline file that is not one."""
+    sources = sources or Sources()
+    try:
+        manifest = read_manifest(bundle)
+        intact = replace(integrity.files_intact(bundle, manifest), level="integrity")
+    except (PersonalQError, OSError) as error:
+        return _ended(bundle, bundle.name[:12], [failed("files intact", one_line(error))])
+    name = baselines.entry_name(manifest)
+    if not intact.passed:
+        return _ended(bundle, name, [intact])
+    started = time.perf_counter()
+    checks = [intact, *_guarded("key", "integrity", lambda: integrity.consistent(bundle, manifest, sources))]
+    seconds = {"integrity": time.perf_counter() - started}
+    if options.level == "integrity":
+        return replace(_ended(bundle, name, checks), seconds=seconds)
+    try:
+        subject = Subject(bundle, manifest, sources, options.threads)
+        _ = subject.pipeline
+    except Exception as error:  # the boundary: a bundle that cannot be opened is a failed check, whatever the cause
+        return _ended(bundle, name, [*checks, failed("bundle opens", reason_of(error))])
+    run = Run(subject, options, name, checks, seconds)
+    return run.report()
+
+
+class Run:
+    """The levels that need an open bundle, and what follows from them."""
+
+    def __init__(
+        self, subject: Subject, options: Options, name: str, checks: list[Check], seconds: dict[str, float]
+    ) -> None:
+        self.subject, self.options, self.name, self.checks, self.seconds = subject, options, name, checks, seconds
+        self.pictures: Pictures | None = None
+        self.before: dict[str, float] = {}
+
+    def report(self) -> Report:
+        wanted = LEVELS[: LEVELS.index(self.options.level) + 1]
+        for level, table in (("obedience", OBEDIENCE), ("numerics", NUMERICS)):
+            if level in wanted:
+                self._timed(level, lambda table=table, level=level: run_table(self.subject, table, level))  # type: ignore[misc]
+        if "images" in wanted:
+            self._timed("images", self._images)
+        if self.options.against:
+            self._timed("targets", lambda: cross_target(self.subject, self.options.against))
+        self._timed("baseline", self._baseline)
+        found = _ended(self.subject.bundle, self.name, self.checks)
+        subject = self.subject
+        found = replace(found, measured=subject.measured, layers=subject.layers, before=self.before)
+        return replace(found, pictures=self.pictures, seconds=self.seconds)
+
+    def _timed(self, level: str, compute: Callable[[], Sequence[Check] | Iterator[Check]]) -> None:
+        started = time.perf_counter()
+        self.checks += _guarded(level, level, compute)
+        self.seconds[level] = time.perf_counter() - started
+
+    def _images(self) -> list[Check]:
+        checks, self.pictures = images(self.subject, self.options.extra_pictures)
+        return checks
+
+    def _baseline(self) -> Iterator[Check]:
+        subject, file = self.subject, self.options.baseline
+        fell: tuple[tuple[str, float, float], ...] = ()
+        known: dict[str, str] = {}
+        if file is not None and not self.options.update:
+            entry = baselines.read_baselines(file).bundles.get(self.name)
+            if entry is None:
+                yield failed("baseline", f"{file}: must have {self.name}, got nothing; run with --update-baseline")
+                return
+            measured = baselines.Measured(subject.measured, subject.layers)
+            found = baselines.compare(entry, subject.manifest, subject.prompts, measured)
+            self.before, known, fell = entry.layers, entry.decisions, found.fell
+            yield from found.checks
+            self.checks += localise(subject, list(found.checks), fell, known)
+        elif any(check.level == "numerics" and not check.passed for check in self.checks):
+            self.checks += localise(subject, self.checks, (), {})
+        if file is not None and self.options.update:
+            yield from self._update(file)
+
+    def _update(self, file: Path) -> Iterator[Check]:
+        """Write the entry of a bundle that passes; one that fails is not accepted."""
+        wrong = [check for check in self.checks if not check.passed]
+        if wrong:
+            yield failed("baseline", f"{file}: not written: {wrong[0].name} failed; a baseline must pass by itself")
+            return
+        subject = self.subject
+        noisy = [self._nudged(seed) for seed in range(NOISY_RUNS)]
+        measured = baselines.Measured(subject.measured, subject.layers, noisy)
+        entry = baselines.make_entry(subject.manifest, subject.spec_file.spec, subject.prompts, measured)
+        baselines.update(file, self.name, entry)
+
+    def _nudged(self, seed: int) -> dict[str, list[float]]:
+        """The metrics again, from inputs that differ by one part in a million."""
+        other = self.subject.nudged(NUDGE, seed)
+        run_table(other, NUMERICS, "numerics")
+        if self.options.level == "images":
+            images(other, self.options.extra_pictures)
+        return other.measured
+
+
+def run_table(subject: Subject, table: tuple[tuple[str, Computed], ...], level: str) -> list[Check]:
+    """Every check of a level; one that cannot be computed is a failed check of the group's name."""
+    checks: list[Check] = []
+    for name, compute in table:
+        checks += _guarded(name, level, lambda compute=compute: compute(subject))  # type: ignore[misc]
+    return checks
+
+
+def _guarded(name: str, level: str, compute: Callable[[], Sequence[Check] | Iterator[Check]]) -> list[Check]:
+    checks: list[Check] = []
+    try:
+        for check in compute():
+            checks.append(check if check.level else replace(check, level=level))
+    except Exception as error:  # the boundary: a check that cannot be computed has failed
+        checks.append(replace(failed(name, reason_of(error)), level=level))
+    return checks
+
+
+def _ended(bundle: Path, name: str, checks: Sequence[Check]) -> Report:
+    done = tuple(check if check.level else replace(check, level="integrity") for check in checks)
+    return Report(bundle, done, name, headline(name, done))

@@ -1,0 +1,141 @@
+"""What the checks look at: one bundle's goldens, graphs, engine and pipeline, and what lies outside it where it is there."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from personalq.bundle import Manifest, inside
+from personalq.errors import BundleError
+from personalq.goldens import GOLDEN, TENSORS, VERSION
+from personalq.rows import find_sequence
+from personalq.spec import SpecFile, read_spec
+
+from ..engine import Conditioning, OrtEngine, unet_file
+from ..pipeline import Pipeline, PromptRows
+from .limits import LIMITS, precision
+from .onnxfile import Graph, read_graph
+
+Float = npt.NDArray[np.float32]
+SPEC = "spec.json"
+
+
+class Judge(Protocol):
+    """Scores pictures: uint8 (N,H,W,3) and their prompts -> score name -> (N,) values, larger is better."""
+
+    def __call__(
+        self, images: npt.NDArray[np.uint8], prompts: list[str]
+    ) -> Mapping[str, npt.NDArray[np.floating[Any]]]: ...
+
+
+# (component, parameter name) -> the checkpoint's tensor, delta merged; KeyError-like PersonalQError when there is none.
+ReadWeight = Callable[[str, str], npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a check may use besides the bundle; each may be missing, and its checks are then left out and said so.
+
+    weights: reads the checkpoint's tensors. weights_sha256: of the checkpoint as it lies in the repository now.
+    reference: the unquantised bundle of the same checkpoint. judge: see Judge.
+    """
+
+    weights: ReadWeight | None = None
+    weights_sha256: Callable[[], str] | None = None
+    reference: Path | None = None
+    judge: Judge | None = None
+
+
+@dataclass
+class Subject:
+    """One bundle under the checks. `measured` and `layers` are filled by them: see check.Report."""
+
+    bundle: Path
+    manifest: Manifest
+    sources: Sources
+    threads: int | None = None
+    measured: dict[str, list[float]] = field(default_factory=dict)
+    layers: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.limits = LIMITS[precision(self.manifest)]
+        self.golden, self.notes = read_golden(self.bundle)
+        self.prompts: list[str] = json.loads(self.notes.get("prompts", "[]"))
+        self.steps = int(self.notes.get("steps", self.manifest.steps))
+        self.guidance = float(self.notes.get("guidance", self.manifest.guidance))
+
+    @cached_property
+    def engine(self) -> OrtEngine:
+        return OrtEngine(self.bundle, self.threads)
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        return Pipeline(self.engine)
+
+    @cached_property
+    def spec_file(self) -> SpecFile:
+        return read_spec(inside(self.bundle, SPEC))
+
+    @cached_property
+    def unet(self) -> Graph:
+        return read_graph(inside(self.bundle, unet_file(self.manifest)))
+
+    def graph(self, name: str) -> Graph:
+        return read_graph(inside(self.bundle, name))
+
+    @cached_property
+    def rows(self) -> list[PromptRows]:
+        """Rows of each golden prompt from its golden embeddings, so that the text encoder's error stays out."""
+        ids, embeds = self.golden["ids"], self.golden["text_embeds"]
+        return [self.pipeline.rows_of_ids(ids[i], text_embeds=embeds[i : i + 1]) for i in range(len(ids))]
+
+    @cached_property
+    def trigger_positions(self) -> list[list[int]]:
+        """For each golden prompt: where its trigger stands."""
+        sequences = [self.pipeline.tokenizer.token_ids(text) for text in self.manifest.checkpoint.trigger]
+        return [[p for ids in sequences for p in find_sequence(row.tolist(), ids)] for row in self.golden["ids"]]
+
+    def conditioning(self, n: int) -> Conditioning:
+        """What golden input n conditions the UNet on."""
+        return self.rows[int(self.golden["prompt"][n])].conditioning
+
+    def nudged(self, amount: np.float32, seed: int) -> "Subject":
+        """The same bundle, its golden inputs moved by a relative +-amount: what another machine's float order might do."""
+        other = Subject(self.bundle, self.manifest, self.sources, self.threads)
+        other.engine, other.pipeline = self.engine, self.pipeline
+        generator = np.random.default_rng(seed)
+        for name in ("text_embeds", "sample", "start_noise", "latent"):
+            signs = generator.choice(np.array([-1, 1], np.float32), self.golden[name].shape)
+            other.golden[name] = self.golden[name] * (1 + amount * signs)
+        return other
+
+    def noise_pred(self, conditioning: Conditioning, n: int) -> Float:
+        """(4,h,w): the UNet on golden input n."""
+        sample = self.golden["sample"][n : n + 1]
+        denoiser = self.engine.denoiser(conditioning, *sample.shape[2:])
+        return np.array(denoiser(sample, float(self.golden["timestep"][n]))[0], dtype=np.float32)
+
+
+def read_golden(bundle: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+    """Tensors and metadata of the goldens. Raises BundleError when they are missing, older, or lack a tensor."""
+    from safetensors import safe_open
+
+    file = inside(bundle, GOLDEN)
+    if not file.is_file():
+        raise BundleError(f"{GOLDEN}: must be in the bundle, got no file; export the checkpoint again")
+    with safe_open(str(file), framework="numpy") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        metadata = dict(opened.metadata() or {})
+    if metadata.get("version", "1") != VERSION:
+        raise BundleError(
+            f"{GOLDEN}: version: must be {VERSION}, got {metadata.get('version', '1')}; calibrate and export again"
+        )
+    missing = [name for name in TENSORS if name not in tensors]
+    if missing:
+        raise BundleError(f"{GOLDEN}: must hold {', '.join(missing)}, got nothing of that name; export again")
+    return tensors, metadata

@@ -1,0 +1,97 @@
+"""Which layer's error is it? Give layers of the UNet their floats back, half of the suspects at a time, and look.
+
+Works on the very graph under test: its weights' Dequantize is replaced by the checkpoint's floats, its activations'
+Quantize and Dequantize by nothing. Needs the checkpoint's weights (Sources.weights).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from personalq.bundle import inside
+from personalq.numerics import snr_db
+
+from ..engine import open_session, unet_file
+from .obedience import LayerInGraph
+from .onnxfile import Node, appended, cut_off, new_initializer, new_node
+from .subject import Subject
+
+LARGEST_MODEL = 1_500_000_000  # bytes; protobuf ends at 2 GB
+N_INPUTS = 2  # golden inputs per look: the noisiest and the cleanest
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """layer: whose floats take away most of the error; gain_db: what they give the noise prediction."""
+
+    layer: str
+    gain_db: float
+
+
+def quantised_layers(subject: Subject) -> list[str]:
+    """Layers with integer weights, in the order the graph computes them."""
+    graph = subject.unet
+    order = {node.name: i for i, node in enumerate(graph.nodes)}
+    found = [LayerInGraph(graph, name) for name in subject.spec_file.spec.layers]
+    quantised = [layer for layer in found if layer.node is not None and layer.weight_dq is not None]
+    return [layer.name for layer in sorted(quantised, key=lambda layer: order[layer.node.name] if layer.node else 0)]
+
+
+def with_floats(subject: Subject, layers: Sequence[str]) -> bytes:
+    """The UNet with these layers unquantised."""
+    graph, read = subject.unet, subject.sources.weights
+    assert read is not None
+    data, parts = bytearray(graph.path.read_bytes()), list[bytes]()
+    done: set[str] = set()
+
+    def replace(node: Node, part: bytes) -> None:
+        value = node.outputs[0]
+        if value not in done:
+            cut_off(data, node, value, len(done))
+            parts.append(part)
+            done.add(value)
+
+    for name in layers:
+        layer = LayerInGraph(graph, name)
+        if layer.weight_dq is None or layer.node is None:
+            continue
+        weight = read("unet", f"{name}.weight").astype(np.float32)
+        stored = weight if layer.node.op == "Conv" else weight.T
+        replace(layer.weight_dq, new_initializer(layer.weight_dq.outputs[0], np.ascontiguousarray(stored)))
+        if layer.input_dq is not None:
+            quantise = graph.producers[layer.input_dq.inputs[0]]
+            replace(layer.input_dq, new_node("Identity", [quantise.inputs[0]], layer.input_dq.outputs[0]))
+        if layer.output_q is not None:
+            for node in graph.readers[layer.output_q.outputs[0]]:
+                replace(node, new_node("Identity", [layer.node.outputs[0]], node.outputs[0]))
+    return appended(bytes(data), parts)
+
+
+def bisect(subject: Subject) -> Culprit | None:
+    """The layer that harms the noise prediction most, found in about log2(layers) looks; None when it cannot be asked."""
+    suspects = quantised_layers(subject)
+    n_bytes = sum(4 * int(np.prod(subject.unet.tensors[f"{name}.weight"].shape)) for name in suspects)
+    if subject.sources.weights is None or not suspects or n_bytes > LARGEST_MODEL:
+        return None
+    everything = _noise(subject, [])
+    # What floats in all suspects take away; errors of different layers add up, so the halves share it.
+    taken = everything - _noise(subject, suspects)
+    while len(suspects) > 1:
+        first, second = suspects[: len(suspects) // 2], suspects[len(suspects) // 2 :]
+        by_first = everything - _noise(subject, first)
+        suspects, taken = (first, by_first) if by_first >= taken - by_first else (second, taken - by_first)
+    left = _noise(subject, suspects)
+    return Culprit(suspects[0], float(10 * np.log10(everything / max(left, 1e-30))))
+
+
+def _noise(subject: Subject, layers: Sequence[str]) -> float:
+    """Squared error of the noise prediction over squared signal, on a few golden inputs, with these layers in floats."""
+    file, golden = inside(subject.bundle, unet_file(subject.manifest)), subject.golden
+    session = open_session(file, subject.threads, model=with_floats(subject, layers) if layers else None)
+    total = 0.0
+    for n in np.linspace(0, len(golden["sample"]) - 1, N_INPUTS).astype(int):
+        feed = {"sample": golden["sample"][n : n + 1], "timestep": golden["timestep"][n : n + 1]}
+        predicted = session.run(["noise_pred"], {**feed, **subject.conditioning(int(n))})[0][0]
+        total += 10 ** (-snr_db(golden["noise_pred"][n], predicted) / 10)
+    return total

@@ -1,0 +1,166 @@
+"""Look inside the UNet: samples of every layer's and block's output, and the attention of each text row, beside the goldens.
+
+The graph gets more outputs (see onnxfile): a Reshape and a Gather for each sampled value, so that a tap costs a few
+numbers, not a tensor. Its integer kernels stay: taps sit behind each layer's own Quantize and Dequantize.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from personalq.bundle import inside
+from personalq.errors import BundleError
+from personalq.goldens import BLOCK_SAMPLES, LAYER_SAMPLES, sample_positions
+from personalq.rows import RowLayer
+
+from ..engine import Session, open_session, unet_file
+from .obedience import LayerInGraph
+from .onnxfile import Graph, Node, appended, new_initializer, new_node, new_output
+from .subject import Subject
+
+Float = npt.NDArray[np.float32]
+LAST_LAYERS = (
+    "conv2",
+    "proj_out",
+)  # of a ResNet block, of a transformer block: an Add follows, then the block's output
+PASSES_ON = (
+    *("QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "Mul", "Div", "Add"),
+    *("Reshape", "Transpose", "Squeeze", "Unsqueeze"),
+)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """N golden inputs: layers, blocks {name: (N, samples)}, attention (N,L,77), noise_pred (N,4,h,w)."""
+
+    layers: dict[str, Float]
+    blocks: dict[str, Float]
+    attention: Float
+    noise_pred: Float
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Where to listen: name -> value, in the order the graph computes them; cross-attention softmax by row layer."""
+
+    layers: dict[str, str]
+    blocks: dict[str, str]
+    attention: list[str]
+
+
+def golden_sizes(subject: Subject, kind: str) -> dict[str, int]:
+    """'layers' or 'blocks' of the goldens: name -> values of one whole output."""
+    return {str(name): int(size) for name, size in json.loads(subject.notes[kind]).items()}
+
+
+def find_taps(graph: Graph, layers: list[str], blocks: list[str], rows: tuple[RowLayer, ...]) -> Taps:
+    """Find the value of each layer, block and attention. Raises BundleError naming one that the graph does not show."""
+    order = {output: i for i, node in enumerate(graph.nodes) for output in node.outputs}
+    of_layers = {name: layer_output(graph, name) for name in layers}
+    of_blocks = {name: _block_output(graph, name, of_layers) for name in blocks}
+    ordered = [dict(sorted(found.items(), key=lambda item: order.get(item[1], 0))) for found in (of_layers, of_blocks)]
+    return Taps(ordered[0], ordered[1], [_softmax(graph, row) for row in rows])
+
+
+def layer_output(graph: Graph, name: str) -> str:
+    """The value that a layer hands on: behind its bias, and behind its output's Quantize and Dequantize."""
+    found = LayerInGraph(graph, name)
+    if found.node is None:
+        raise BundleError(f"{name}: must be a layer of the graph, got none that reads its weight; export again")
+    value = found.node.outputs[0]
+    for reader in graph.readers.get(value, []):
+        if reader.op == "Add" and f"{name}.bias" in reader.inputs:
+            value = reader.outputs[0]
+    if found.output_q is not None:
+        (dequantised, *_) = graph.readers[found.output_q.outputs[0]]
+        value = dequantised.outputs[0]
+    return value
+
+
+def _block_output(graph: Graph, name: str, layers: dict[str, str]) -> str:
+    last = next((f"{name}.{end}" for end in LAST_LAYERS if f"{name}.{end}" in layers), None)
+    if last is None:
+        raise BundleError(f"{name}: must end in {' or '.join(LAST_LAYERS)}, got neither; calibrate again")
+    node = _next(graph, layers[last], ("Add",))
+    if node is None:
+        raise BundleError(f"{name}: must end in an Add after {last}, got none; export again")
+    return node.outputs[0]
+
+
+def _next(graph: Graph, value: str, wanted: tuple[str, ...], most: int = 12) -> Node | None:
+    """The first node of a wanted kind that `value` reaches through nodes that only pass it on."""
+    queue = [(value, 0)]
+    while queue:
+        current, depth = queue.pop(0)
+        for node in graph.readers.get(current, []):
+            if node.op in wanted:
+                return node
+            if node.op in PASSES_ON and depth < most:
+                queue += [(output, depth + 1) for output in node.outputs]
+    return None
+
+
+def _softmax(graph: Graph, row: RowLayer) -> str:
+    """The softmax of the layer whose K starts at row.offset: where the slice of the rows at that offset leads."""
+    for node in graph.nodes:
+        if node.op != "Slice" or len(node.inputs) < 3 or _int(graph, node.inputs[1]) != row.offset:
+            continue
+        if _int(graph, node.inputs[2]) != row.offset + row.width or not _from_rows(graph, node):
+            continue
+        product = _next(graph, node.outputs[0], ("MatMul",))
+        softmax = _next(graph, product.outputs[0], ("Softmax",)) if product is not None else None
+        if softmax is not None:
+            return softmax.outputs[0]
+    raise BundleError(f"{row.name}: must have a softmax over its text rows in the graph, got none; export again")
+
+
+def _from_rows(graph: Graph, node: Node) -> bool:
+    source = graph.producers.get(node.inputs[0])
+    return node.inputs[0] == "rows" or (source is not None and source.op == "GatherND")
+
+
+def _int(graph: Graph, value: str) -> int | None:
+    constant = graph.constant(value)
+    return None if constant is None or constant.size != 1 else int(constant.reshape(-1)[0])
+
+
+def tapped(data: bytes, taps: Taps, sizes: dict[str, int]) -> bytes:
+    """The model with a small output for every tap. sizes: values of each layer's and block's whole output."""
+    parts = [new_initializer("gate_flat", np.array([-1], np.int64))]
+    parts.append(new_initializer("gate_axes", np.array([0, 1, 2], np.int64)))
+    groups = ((taps.layers, LAYER_SAMPLES, "layer"), (taps.blocks, BLOCK_SAMPLES, "block"))
+    for group, count, kind in groups:
+        for name, value in group.items():
+            key = f"gate_{kind}_{name}"
+            parts.append(new_initializer(f"{key}_at", sample_positions(name, sizes[name], count)))
+            parts.append(new_node("Reshape", [value, "gate_flat"], f"{key}_flat"))
+            parts.append(new_node("Gather", [f"{key}_flat", f"{key}_at"], key))
+            parts.append(new_output(key))
+    for i, value in enumerate(taps.attention):
+        parts.append(new_node("ReduceMean", [value, "gate_axes"], f"gate_attention_{i}", keepdims=0))
+        parts.append(new_output(f"gate_attention_{i}"))
+    return appended(data, parts)
+
+
+def look(subject: Subject) -> Seen:
+    """Run the golden inputs through the tapped UNet."""
+    sizes = {kind: golden_sizes(subject, kind) for kind in ("layers", "blocks")}
+    taps = find_taps(subject.unet, list(sizes["layers"]), list(sizes["blocks"]), subject.manifest.rows.layers)
+    model = tapped(subject.unet.path.read_bytes(), taps, sizes["layers"] | sizes["blocks"])
+    session = open_session(inside(subject.bundle, unet_file(subject.manifest)), subject.threads, model=model)
+    runs = list(_runs(subject, session))
+    layers = {name: np.stack([run[f"gate_layer_{name}"] for run in runs]) for name in taps.layers}
+    blocks = {name: np.stack([run[f"gate_block_{name}"] for run in runs]) for name in taps.blocks}
+    attention = [np.stack([run[f"gate_attention_{i}"] for i in range(len(taps.attention))]) for run in runs]
+    return Seen(layers, blocks, np.stack(attention), np.stack([run["noise_pred"][0] for run in runs]))
+
+
+def _runs(subject: Subject, session: Session) -> Iterator[dict[str, Float]]:
+    names = [value.name for value in session.get_outputs()]
+    golden = subject.golden
+    for n in range(len(golden["sample"])):
+        feed = {"sample": golden["sample"][n : n + 1], "timestep": golden["timestep"][n : n + 1]}
+        yield dict(zip(names, session.run(names, {**feed, **subject.conditioning(n)}), strict=True))
