@@ -22,8 +22,10 @@ def split_gemms(model: ir.Model) -> None:
     graph = model.graph
     for node in [n for n in graph if n.op_type == "Gemm" and n.inputs[1].is_initializer()]:
         build = Builder(graph, f"{node.inputs[1].name}.split")
-        product = build("MatMul", node.inputs[0], build("Transpose", node.inputs[1], perm=[1, 0]))
+        weight = build("Transpose", node.inputs[1], perm=[1, 0])
+        product = build("MatMul", node.inputs[0], weight)
         result = build("Add", product, node.inputs[2]) if len(node.inputs) > 2 else product
+        weight.dtype, product.dtype = node.inputs[1].dtype, node.outputs[0].dtype
         replace_output(node, result)
     graph.sort()
 

@@ -15,10 +15,14 @@ from personalq.rows import RowLayer, packed_width
 from .nodes import Builder, add_input
 
 
-def assemble_rows(model: ir.Model, layers: Sequence[RowLayer], slots: int) -> None:
+def assemble_rows(
+    model: ir.Model, layers: Sequence[RowLayer], slots: int, dtype: ir.DataType = ir.DataType.FLOAT
+) -> None:
     """Replace the UNet's input `rows` by Gather(Concat(rest * rest_scale, kept), row_index). Edits `model`.
 
-    Requires: an input named rows (B,77,R). Ensures: inputs rest, rest_scale, kept, row_index instead of it.
+    Requires: an input named rows (B,77,R). Ensures: inputs rest, rest_scale, kept, row_index instead of it; `dtype` is
+    the float type the rows are put together in. float16 is for TensorRT, which lists no Cast from int8: there the same
+    numbers come from a DequantizeLinear with scale 1 (its RTX builder makes one kernel of either).
     """
     graph = model.graph
     rows = next(value for value in graph.inputs if value.name == "rows")
@@ -29,9 +33,14 @@ def assemble_rows(model: ir.Model, layers: Sequence[RowLayer], slots: int) -> No
     row_index = add_input(graph, "row_index", ir.DataType.INT64, (batch, tokens))
     build = Builder(graph, "rows")
     column = np.repeat(np.arange(2 * len(layers)), np.repeat([layer.width for layer in layers], 2))
-    scales = build("Gather", rest_scale, build.constant(column.astype(np.int64)), axis=2)
-    restored = build("Mul", build("Cast", rest, to=ir.DataType.FLOAT), scales)
-    both = build("Concat", restored, build("Cast", kept, to=ir.DataType.FLOAT), axis=1)
+    scale = rest_scale if dtype == rest_scale.dtype else build("Cast", rest_scale, to=dtype)
+    scales = build("Gather", scale, build.constant(column.astype(np.int64)), axis=2)
+    if dtype == ir.DataType.FLOAT16:
+        whole = build("DequantizeLinear", rest, build.constant(np.array(1, np.float16)))
+    else:
+        whole = build("Cast", rest, to=dtype)
+    restored = build("Mul", whole, scales)
+    both = build("Concat", restored, kept if dtype == kept.dtype else build("Cast", kept, to=dtype), axis=1)
     index = build("Unsqueeze", row_index, build.constant(np.array([2], np.int64)))
     assembled = build("GatherND", both, index, batch_dims=1)
     ir.convenience.replace_all_uses_with(rows, assembled)
