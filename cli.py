@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -207,6 +207,24 @@ def demo(out: Path) -> Result:
 
     with progress() as report:
         return Result(run(out, opened(), report))
+
+
+@cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True)
+@click.option(
+    "--budget-mb", type=click.FloatRange(min=1), default=2000.0, show_default=True, help="For engines in memory."
+)
+@click.option("--target", type=TARGETS, default="onnxruntime", show_default=True)
+@click.option("--queue", type=click.IntRange(min=1), default=32, show_default=True, help="Pictures that may wait.")
+@click.option("--api-keys", type=PATH, help="File of keys, one a line. Without it everybody may ask.")
+@click.option("--log-prompts", is_flag=True, help="Write prompts into the log.")
+def serve(**options: Any) -> None:
+    """Serve the repository over HTTP: OpenAI-compatible images, Check-in, metrics, and a page at /."""
+    from runtime.serving.options import options_of
+    from runtime.serving.serve import serve as run
+
+    run(options_of(opened().root, **options))
 
 
 @cli.command()

@@ -36,6 +36,7 @@ class _Table:
     mtime_ns: int
     is_settled: bool
     bundles: dict[str, list[Path]] = field(default_factory=dict)
+    references: set[Path] = field(default_factory=set)
     unreadable: list[str] = field(default_factory=list)
 
 
@@ -66,6 +67,22 @@ class Store:
             return Found(bundles[0], FALLBACK, f"{lack}; running {TITLES[FALLBACK]} on the CPU")
         return Found(bundles[0], target)
 
+    def reference(self, checkpoint_id: str) -> Path:
+        """The checkpoint's unquantised bundle, to compare with. Raises EngineError when there is none."""
+        table = self._current()
+        found = [bundle for bundle in table.bundles.get(checkpoint_id, ()) if bundle in table.references]
+        if not found:
+            raise EngineError(
+                f"{checkpoint_id}: must have an unquantised bundle to compare with, got none: run 'personalq calibrate "
+                f"{checkpoint_id} --policy fp32' and 'personalq export {checkpoint_id} --spec' with its fp32 spec"
+            )
+        return found[0]
+
+    def drawable(self) -> dict[str, bool]:
+        """Every checkpoint that has a bundle -> whether it also has an unquantised one."""
+        table = self._current()
+        return {name: any(one in table.references for one in bundles) for name, bundles in table.bundles.items()}
+
     def _current(self) -> _Table:
         """A bundle is renamed into the folder whole, so the folder's own time says whether the table still holds."""
         mtime_ns = self.folder.stat().st_mtime_ns if self.folder.is_dir() else 0
@@ -94,6 +111,8 @@ def _read_table(folder: Path, mtime_ns: int) -> _Table:
         except (OSError, ValueError, KeyError, TypeError) as error:
             table.unreadable.append(f"bundle {file.parent.name[:12]} cannot be read: {type(error).__name__}")
             continue
+        if policy in REFERENCE_POLICIES:
+            table.references.add(file.parent)
         rank = (policy not in REFERENCE_POLICIES, file.stat().st_mtime_ns, file.parent.name, file.parent)
         ranked.setdefault(owner, []).append(rank)
     for owner, ranks in ranked.items():

@@ -1,0 +1,82 @@
+"""What a server is told when it starts. Frozen values; read once."""
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+from pathlib import Path
+
+from personalq.errors import EngineError
+
+MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """What the drawing process is told. threads: per operator, 0 = all cores."""
+
+    repository: Path
+    budget_mb: float = 2000.0
+    target: str = "onnxruntime"
+    threads: int = 0
+    max_batch: int = 4
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for, and how many may wait. seconds: a request's deadline, waiting included."""
+
+    body_bytes: int = 64 * 1024
+    prompt_chars: int = 2000
+    images: int = 4
+    pixels: int = 1024 * 1024
+    steps: int = 150
+    queue: int = 32
+    seconds: float = 600.0
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Where to listen, who may ask, and what may be asked. key_digests: sha256 of each API key; empty: everybody may."""
+
+    draw: DrawOptions
+    host: str = "127.0.0.1"
+    port: int = 8765
+    limits: Limits = Limits()
+    key_digests: frozenset[str] = frozenset()
+    logs_prompts: bool = False
+
+    def allows(self, key: str) -> bool:
+        """Whether a client that shows `key` may ask."""
+        if not self.key_digests:
+            return True
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        return any([hmac.compare_digest(digest, known) for known in self.key_digests])  # every one: no timing to read
+
+
+def read_keys(file: Path) -> frozenset[str]:
+    """sha256 digests of the keys in a file, one a line; '#' starts a comment. Raises EngineError."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise EngineError(f"{file}: must be a readable file of API keys, got {type(error).__name__}; fix it") from error
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys or min(map(len, keys)) < 16:
+        raise EngineError(
+            f"{file}: must hold API keys of 16 characters or more, one a line; make one with 'openssl rand -hex 24'"
+        )
+    return frozenset(hashlib.sha256(key.encode()).hexdigest() for key in keys)
+
+
+def options_of(
+    repository: Path, *, host: str, port: int, budget_mb: float, target: str, queue: int, **more: object
+) -> ServeOptions:
+    """The options of `personalq serve`. Raises EngineError for a file of keys that cannot be used."""
+    keys = more.get("api_keys")
+    return ServeOptions(
+        draw=DrawOptions(repository, budget_mb=budget_mb, target=target),
+        host=host,
+        port=port,
+        limits=Limits(queue=queue),
+        key_digests=read_keys(keys) if isinstance(keys, Path) else frozenset(),
+        logs_prompts=bool(more.get("log_prompts")),
+    )

@@ -1,0 +1,53 @@
+"""Run the server until it is told to stop: SIGTERM and SIGINT finish what was begun, and take nothing new."""
+
+import logging
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from .app import create_app
+from .options import ServeOptions
+
+_GRACE_SECONDS = 3600  # requests have a deadline of their own
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve until a signal; returns when the last request was answered."""
+    _start_access_log()
+    app = create_app(options)
+    service = app.state.service
+    config = uvicorn.Config(
+        app,
+        host=options.host,
+        port=options.port,
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+        server_header=False,
+    )
+    server = _Server(config, lambda: setattr(service, "is_draining", True))
+    print(f"personalq: http://{options.host}:{options.port}", file=sys.stderr)
+    server.run()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which also says that it is draining, so that /readyz turns before the last answer is out."""
+
+    def __init__(self, config: uvicorn.Config, on_drain: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_drain = on_drain
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._on_drain()
+        super().handle_exit(sig, frame)
+
+
+def _start_access_log() -> None:
+    access = logging.getLogger("personalq.access")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access.addHandler(handler)
+    access.setLevel(logging.INFO)
+    access.propagate = False

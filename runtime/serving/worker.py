@@ -1,0 +1,187 @@
+"""The drawing process: engines in memory, a scheduler, and frames in (stdin) and out. Started by the HTTP process.
+
+`python -m runtime.serving.worker OPTIONS` (JSON). It ends when its input ends, so it never outlives its server.
+"""
+
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from personalq.bundle import Manifest, read_manifest
+from personalq.errors import EngineError
+
+from ..engine import open_engine
+from ..pipeline import Picture, Pipeline, Settings
+from ..residency import Loaded, Residency
+from ..store import Store
+from .messages import Message, pack, read
+from .options import MEGABYTE, DrawOptions
+from .scheduler import Job, Scheduler
+
+GRAPH_SUFFIXES = (".onnx", ".data")
+_REPORT_SECONDS = 1.0
+
+
+class Worker:
+    """Answers frames. key of an engine: '<engine>|<bundle folder>'."""
+
+    def __init__(self, options: DrawOptions, out: BinaryIO) -> None:
+        self._options = options
+        self._store = Store(options.repository)
+        self._out, self._frames = out, queue.SimpleQueue[bytes | None]()
+        self._writer = threading.Thread(target=self._write, name="write", daemon=True)
+        self._writer.start()
+        self._residency: Residency[Pipeline] = Residency(
+            self._load, self._estimate, round(options.budget_mb * MEGABYTE), is_fresh=is_unchanged
+        )
+        self._scheduler = Scheduler(self._residency, self.emit, options.max_batch)
+        self._reporter = threading.Thread(target=self._report, name="report", daemon=True)
+        self._reporter.start()
+
+    def emit(self, message: Message, blob: bytes = b"") -> None:
+        self._frames.put(pack(message, blob))
+
+    def handle(self, message: Message) -> None:
+        """Do what a frame asks; a job that cannot be queued is answered with its reason."""
+        kind = message["op"]
+        if kind == "draw":
+            self._draw(message)
+        elif kind == "cancel":
+            self._scheduler.cancel(message["id"])
+        elif kind == "prefetch":
+            for checkpoint in message["checkpoints"]:
+                self._prefetch(checkpoint)
+
+    def close(self) -> None:
+        self._scheduler.close()
+        self._frames.put(None)
+        self._writer.join(timeout=5)
+
+    def _draw(self, message: Message) -> None:
+        try:
+            key, reason = self._find(message["checkpoint"], message["variant"])
+            self.emit({"event": "queued", "id": message["id"], "engine": key.partition("|")[0], "reason": reason})
+            self._scheduler.submit(
+                Job(
+                    id=message["id"],
+                    key=key,
+                    picture=Picture(**message["picture"]),
+                    settings=Settings(**message["settings"]),
+                    deadline=time.monotonic() + message["seconds_left"],
+                    previews=message["previews"],
+                )
+            )
+        except Exception as error:  # the boundary: the server hears about every job
+            self.emit({"event": "error", "id": message["id"], "kind": type(error).__name__, "message": str(error)})
+
+    def _prefetch(self, checkpoint: str) -> None:
+        try:
+            self._residency.prefetch(self._find(checkpoint, "best")[0])
+        except EngineError:
+            return  # nothing to load ahead: the request itself will say why
+
+    def _find(self, checkpoint: str, variant: str) -> tuple[str, str]:
+        """Engine key and fall-back reason. variant: 'best', or 'reference' for the unquantised bundle."""
+        found = self._store.find(checkpoint, self._options.target)
+        bundle = found.bundle if variant == "best" else self._store.reference(checkpoint)
+        return f"{found.engine_name}|{bundle}", found.fallback_reason
+
+    def _load(self, key: str) -> Loaded[Pipeline]:
+        name, _, bundle = key.partition("|")
+        before = memory_bytes()
+        pipeline = Pipeline(open_engine(name, Path(bundle), self._options.threads or None))
+        pipeline.image("", steps=1)  # the first run allocates: it belongs to loading
+        took = memory_bytes() - before
+        return Loaded(pipeline, max(took, graph_bytes(pipeline.manifest)))
+
+    def _estimate(self, key: str) -> int:
+        return graph_bytes(read_manifest(Path(key.partition("|")[2])))
+
+    def _write(self) -> None:
+        while (frame := self._frames.get()) is not None:
+            try:
+                self._out.write(frame)
+                self._out.flush()
+            except (BrokenPipeError, ValueError):
+                return
+
+    def _report(self) -> None:
+        while True:
+            self.emit({"event": "residency", **self.report()})
+            time.sleep(_REPORT_SECONDS)
+
+    def report(self) -> dict[str, Any]:
+        """What is in memory, for metrics and the page."""
+        counts = self._residency.counts
+        seconds, counts.load_seconds = counts.load_seconds, []
+        engines = []
+        for key, resident, in_use in self._residency.snapshot():
+            manifest, (engine, _, _) = resident.loaded.value.manifest, key.partition("|")
+            row: dict[str, Any] = {
+                "checkpoint": manifest.checkpoint.id,
+                "engine": engine,
+                "policy": manifest.spec.policy,
+            }
+            row |= {"bytes": resident.loaded.bytes, "uses": resident.uses, "in_use": in_use}
+            engines.append({**row, "load_seconds": round(resident.load_seconds, 4)})
+        numbers = {name: value for name, value in asdict(counts).items() if name != "load_seconds"}
+        return {
+            "engines": engines,
+            "counts": numbers,
+            "load_seconds": seconds,
+            "used_bytes": self._residency.used_bytes(),
+            "budget_bytes": self._residency.budget_bytes,
+            "process_bytes": memory_bytes(),
+        }
+
+
+def graph_bytes(manifest: Manifest) -> int:
+    """Bytes of a bundle's graphs and weights on disk."""
+    return sum(entry.bytes for name, entry in manifest.files.items() if name.endswith(GRAPH_SUFFIXES))
+
+
+def is_unchanged(pipeline: Pipeline) -> bool:
+    """Whether the bundle's files still have the sizes they were exported with; the cheap half of the check at opening."""
+    bundle = pipeline.engine.bundle
+    for name, entry in pipeline.manifest.files.items():
+        try:
+            if (bundle / name).stat().st_size != entry.bytes:
+                return False
+        except OSError:
+            return False
+    return True
+
+
+def memory_bytes() -> int:
+    """Private memory of this process in bytes (0 where /proc is not there)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def main() -> None:
+    """Serve frames until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the server, which drains first
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="personalq: %(message)s")
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints goes to stderr, never between frames
+    settings = json.loads(sys.argv[1])
+    worker = Worker(DrawOptions(**{**settings, "repository": Path(settings["repository"])}), out)
+    worker.emit({"event": "ready", "pid": os.getpid()})
+    while (frame := read(sys.stdin.buffer)) is not None:
+        worker.handle(frame[0])
+    worker.close()
+
+
+if __name__ == "__main__":
+    main()
