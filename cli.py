@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from runtime.commands import TARGETS, drawing_options, serving_options
 from runtime.console import Commands, Result, each_line, progress, reports, start_logging
 from runtime.gate.command import verify_command
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from runtime.gate.request import OpenWeights
 
 PATH = click.Path(path_type=Path)
-TARGETS = click.Choice(["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"])
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -79,9 +79,8 @@ def list_() -> Result:
 def show(id_: str) -> Result:
     """Show one checkpoint's card and bundles."""
     repository = opened()
-    card = repository.card(id_)
     found = {"has_weights": repository.has_weights(id_), "bundles": [one.name for one in repository.bundles(id_)]}
-    return Result({**card.to_json(), **found})
+    return Result({**repository.card(id_).to_json(), **found})
 
 
 @cli.command()
@@ -180,22 +179,14 @@ cli.add_command(verify_command(opened, weights_reader))
 @cli.command()
 @click.argument("request")
 @click.option("-o", "--out", type=PATH, required=True, help="PNG file to write.")
-@click.option("--checkpoint", default="", help="Draw with this checkpoint; Check-in only writes the prompt.")
-@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps. Default: what the base recommends.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--target", type=TARGETS, default="onnxruntime", show_default=True)
-@click.option("--sampler", default="ddim", show_default=True, help="ddim, euler, euler_a, dpmpp_2m[_karras] or lcm.")
+@drawing_options
 @reports
-def generate(
-    request: str, out: Path, checkpoint: str, steps: int | None, seed: int, target: str, sampler: str
-) -> Result:
+def generate(request: str, out: Path, **options: Any) -> Result:
     """Draw a REQUEST with the checkpoint that Check-in picks."""
     from runtime import generate as room
 
     with progress() as report:
-        order = room.Order(checkpoint, target, seed, settings=room.Settings(steps=steps, sampler=sampler))
-        made = room.generate(opened(), request, out, order, report)
-    return Result(asdict(made))
+        return Result(asdict(room.generate(opened(), request, out, room.order_of(**options), report)))
 
 
 @cli.command()
@@ -210,21 +201,12 @@ def demo(out: Path) -> Result:
 
 
 @cli.command()
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True)
-@click.option(
-    "--budget-mb", type=click.FloatRange(min=1), default=2000.0, show_default=True, help="For engines in memory."
-)
-@click.option("--target", type=TARGETS, default="onnxruntime", show_default=True)
-@click.option("--queue", type=click.IntRange(min=1), default=32, show_default=True, help="Pictures that may wait.")
-@click.option("--api-keys", type=PATH, help="File of keys, one a line. Without it everybody may ask.")
-@click.option("--log-prompts", is_flag=True, help="Write prompts into the log.")
+@serving_options
 def serve(**options: Any) -> None:
     """Serve the repository over HTTP: OpenAI-compatible images, Check-in, metrics, and a page at /."""
-    from runtime.serving.options import options_of
-    from runtime.serving.serve import serve as run
+    from runtime.serving.serve import serve_repository
 
-    run(options_of(opened().root, **options))
+    serve_repository(opened().root, **options)
 
 
 @cli.command()

@@ -37,6 +37,7 @@ EXTRAS = {
     "polygraphy": "tensorrt",
     "fastapi": "serve",
     "uvicorn": "serve",
+    "prometheus_client": "serve",
 }
 
 

@@ -73,6 +73,11 @@ def generate(
     )
 
 
+def order_of(*, checkpoint: str, target: str, seed: int, steps: int | None, sampler: str) -> Order:
+    """The order that the options of `personalq generate` make."""
+    return Order(checkpoint, target, seed, settings=Settings(steps=steps, sampler=sampler))
+
+
 def named(repository: Repository, checkpoint: str, request: str) -> tuple[str, str]:
     """The checkpoint a person named, and the request as its prompt: trigger put in where it is not there yet."""
     from personalq.checkin.rewrite import prompt_for

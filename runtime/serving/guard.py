@@ -3,6 +3,7 @@
 Plain ASGI, so that streaming and disconnects pass through untouched.
 """
 
+import contextlib
 import json
 import logging
 import time
@@ -26,7 +27,7 @@ _HEADERS = [
 
 
 class _TooLarge(Exception):
-    pass
+    """Stops the route's reading; its own answer to that is dropped for ours."""
 
 
 class Guard:
@@ -43,11 +44,12 @@ class Guard:
         try:
             refusal = self._refusal(request)
             if refusal is None:
-                await self._app(scope, request.receive, request.send)
-            else:
+                with contextlib.suppress(_TooLarge):
+                    await self._app(scope, request.receive, request.send)
+                refusal = _too_large(self._options.limits.body_bytes) if request.is_too_large else None
+            if refusal is not None:
+                self._metrics.refused.labels(refusal.code).inc()
                 await request.answer(refusal)
-        except _TooLarge:
-            await request.answer(_too_large(self._options.limits.body_bytes))
         finally:
             self._log(request)
 
@@ -78,6 +80,7 @@ class _Request:
         self.scope, self._receive, self._send, self._most = scope, receive, send, most_bytes
         self.path, self.status, self.id = scope["path"], 499, uuid.uuid4().hex[:16]  # 499: left before an answer
         self.started, self._read, self._has_begun = time.perf_counter(), 0, False
+        self.is_too_large = False
 
     def header(self, name: bytes) -> str:
         return next((value.decode("latin-1") for key, value in self.scope["headers"] if key == name), "")
@@ -90,10 +93,13 @@ class _Request:
         message = await self._receive()
         self._read += len(message.get("body", b""))
         if self._read > self._most and not self._has_begun:
+            self.is_too_large = True
             raise _TooLarge
         return message
 
     async def send(self, message: Message) -> None:
+        if self.is_too_large and not self._has_begun:
+            return
         if message["type"] == "http.response.start":
             self._has_begun, self.status = True, message["status"]
             added = [*_HEADERS, (b"x-request-id", self.id.encode())]
@@ -101,6 +107,7 @@ class _Request:
         await self._send(message)
 
     async def answer(self, error: ApiError) -> None:
+        self.is_too_large = False
         body = json.dumps(error.body).encode()
         headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

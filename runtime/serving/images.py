@@ -27,7 +27,7 @@ from .process import Drawing, DrawProcess, Event, order
 _KEPT_BYTES, _KEPT_SECONDS = 64 << 20, 600.0
 _PREFETCHED = 2  # most likely engines loaded while a question is open
 _SHOWN_CANDIDATES = 5
-_STATUS = {"deadline": 504, "worker": 503, "PromptError": 400, "BundleError": 500, "EngineError": 500}
+_STATUS = {"deadline": 504, "worker": 503, "PromptError": 400, "invalid": 400, "BundleError": 500, "EngineError": 500}
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,12 @@ class Service:
         settings = Settings(request.steps, request.guidance, width, height, request.sampler)
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         previews = request.partial_images if request.stream else 0
-        drawings = []
+        orders = []
         for i in range(request.n):
             picture = {"prompt": chosen.prompt, "negative_prompt": request.negative_prompt, "seed": first + i}
-            asked = order(chosen.checkpoint, picture, asdict(settings), variant=request.variant, previews=previews)
-            drawings.append(self.drawing.submit(asked, limits.seconds))
+            one = order(chosen.checkpoint, picture, asdict(settings), variant=request.variant, previews=previews)
+            orders.append(one)
+        drawings = self.drawing.submit(orders, limits.seconds)
         self.metrics.queue.set(self.drawing.outstanding)
         return drawings
 

@@ -80,12 +80,12 @@ class DrawProcess:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._keeper, timeout=30)
 
-    def submit(self, order: Message, seconds: float) -> Drawing:
-        """Queue one picture; its events come through the returned Drawing."""
-        drawing = Drawing(order, time.monotonic() + seconds)
-        self._jobs[drawing.id] = drawing
-        self._send_job(drawing)
-        return drawing
+    def submit(self, orders: list[Message], seconds: float) -> list[Drawing]:
+        """Queue the pictures of one request; their events come through the returned Drawings."""
+        drawings = [Drawing(order, time.monotonic() + seconds) for order in orders]
+        self._jobs |= {drawing.id: drawing for drawing in drawings}
+        self._send_jobs(drawings)
+        return drawings
 
     def cancel(self, drawing: Drawing) -> None:
         """Forget a picture: its slot is free at once."""
@@ -96,9 +96,10 @@ class DrawProcess:
         """Load these checkpoints' engines if there is room: somebody may ask for them next."""
         self._send({"op": "prefetch", "checkpoints": checkpoints})
 
-    def _send_job(self, drawing: Drawing) -> None:
-        left = drawing.deadline - time.monotonic()
-        self._send({"op": "draw", "id": drawing.id, **drawing.order, "seconds_left": left})
+    def _send_jobs(self, drawings: list[Drawing]) -> None:
+        now = time.monotonic()
+        jobs = [{"id": one.id, **one.order, "seconds_left": one.deadline - now} for one in drawings]
+        self._send({"op": "draw", "jobs": jobs})
 
     def _send(self, message: Message) -> None:
         stdin = None if self._process is None else self._process.stdin
@@ -143,8 +144,7 @@ class DrawProcess:
         kind = message["event"]
         if kind == "ready":
             self.is_ready.set()
-            for drawing in self._jobs.values():
-                self._send_job(drawing)
+            self._send_jobs(list(self._jobs.values()))
         elif kind == "residency":
             self.residency = message
             self._on_residency(message)

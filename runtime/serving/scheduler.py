@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from personalq.errors import PersonalQError
+from personalq.errors import EngineError, PersonalQError
 
 from ..image import png_bytes
 from ..pipeline import Picture, Pipeline, Settings, Step
@@ -51,13 +51,14 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="draw", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Queue a job; its engine begins to load now, while others are drawn."""
-        engine = self._residency.pin(job.key)
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue jobs, together so that they can share a batch; their engines begin to load now, while others are drawn."""
+        waiting = [_Waiting(job, self._residency.pin(job.key), time.monotonic()) for job in jobs]
         with self._changed:
-            self._queue.append(_Waiting(job, engine, time.monotonic()))
+            self._queue += waiting
             self._changed.notify()
-        engine.add_done_callback(lambda _: self._wake())
+        for one in waiting:
+            one.engine.add_done_callback(lambda _: self._wake())
 
     def cancel(self, job_id: str) -> None:
         """Forget a job: at once while it waits, before the next step when it is being drawn."""
@@ -147,7 +148,12 @@ class Scheduler:
 
     def _denoise(self, pipeline: Pipeline, jobs: list[Job]) -> None:
         begun = time.monotonic()
-        steps = pipeline.denoise([job.picture for job in jobs], jobs[0].settings)
+        try:
+            steps = pipeline.denoise([job.picture for job in jobs], jobs[0].settings)
+        except EngineError as error:  # before the first step: what was asked for does not fit this checkpoint
+            for job in jobs:
+                self._emit({"event": "error", "id": job.id, "kind": "invalid", "message": str(error)}, b"")
+            return
         live = dict(enumerate(jobs))
         last: Step | None = None
         for step in steps:

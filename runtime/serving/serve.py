@@ -1,16 +1,24 @@
 """Run the server until it is told to stop: SIGTERM and SIGINT finish what was begun, and take nothing new."""
 
 import logging
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from .app import create_app
-from .options import ServeOptions
+from .options import ServeOptions, options_of
 
 _GRACE_SECONDS = 3600  # requests have a deadline of their own
+
+
+def serve_repository(repository: Path, **options: Any) -> None:
+    """`personalq serve`: the options of its command line."""
+    serve(options_of(repository, **options))
 
 
 def serve(options: ServeOptions) -> None:
@@ -26,6 +34,7 @@ def serve(options: ServeOptions) -> None:
         log_level="warning",
         timeout_graceful_shutdown=_GRACE_SECONDS,
         server_header=False,
+        ws="none",
     )
     server = _Server(config, lambda: setattr(service, "is_draining", True))
     print(f"personalq: http://{options.host}:{options.port}", file=sys.stderr)
@@ -33,7 +42,7 @@ def serve(options: ServeOptions) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which also says that it is draining, so that /readyz turns before the last answer is out."""
+    """uvicorn, which also says that it is draining, so that /readyz turns before the last answer is out, and ends with 0."""
 
     def __init__(self, config: uvicorn.Config, on_drain: Callable[[], None]) -> None:
         super().__init__(config)
@@ -41,7 +50,8 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._on_drain()
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit and sig == signal.SIGINT  # Ctrl-C twice does not wait
+        self.should_exit = True
 
 
 def _start_access_log() -> None:

@@ -50,10 +50,11 @@ class Worker:
         self._frames.put(pack(message, blob))
 
     def handle(self, message: Message) -> None:
-        """Do what a frame asks; a job that cannot be queued is answered with its reason."""
+        """Do what a frame asks."""
         kind = message["op"]
         if kind == "draw":
-            self._draw(message)
+            jobs = [job for job in map(self._job, message["jobs"]) if job is not None]
+            self._scheduler.submit(jobs)
         elif kind == "cancel":
             self._scheduler.cancel(message["id"])
         elif kind == "prefetch":
@@ -65,22 +66,22 @@ class Worker:
         self._frames.put(None)
         self._writer.join(timeout=5)
 
-    def _draw(self, message: Message) -> None:
+    def _job(self, told: Message) -> Job | None:
+        """A job that can be queued; None when it was answered with its reason."""
         try:
-            key, reason = self._find(message["checkpoint"], message["variant"])
-            self.emit({"event": "queued", "id": message["id"], "engine": key.partition("|")[0], "reason": reason})
-            self._scheduler.submit(
-                Job(
-                    id=message["id"],
-                    key=key,
-                    picture=Picture(**message["picture"]),
-                    settings=Settings(**message["settings"]),
-                    deadline=time.monotonic() + message["seconds_left"],
-                    previews=message["previews"],
-                )
+            key, reason = self._find(told["checkpoint"], told["variant"])
+            self.emit({"event": "queued", "id": told["id"], "engine": key.partition("|")[0], "reason": reason})
+            return Job(
+                id=told["id"],
+                key=key,
+                picture=Picture(**told["picture"]),
+                settings=Settings(**told["settings"]),
+                deadline=time.monotonic() + told["seconds_left"],
+                previews=told["previews"],
             )
         except Exception as error:  # the boundary: the server hears about every job
-            self.emit({"event": "error", "id": message["id"], "kind": type(error).__name__, "message": str(error)})
+            self.emit({"event": "error", "id": told["id"], "kind": type(error).__name__, "message": str(error)})
+            return None
 
     def _prefetch(self, checkpoint: str) -> None:
         try:

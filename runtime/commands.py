@@ -1,0 +1,48 @@
+"""The options of the commands that draw and serve, and the values they become. It knows click, not engines."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+TARGETS = click.Choice(["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"])
+_FILE = click.Path(path_type=Path)
+_TARGET = click.option("--target", type=TARGETS, default="onnxruntime", show_default=True)
+
+_DRAWING = (
+    click.option("--checkpoint", default="", help="Draw with this checkpoint; Check-in only writes the prompt."),
+    click.option("--steps", type=click.IntRange(min=1), help="Denoising steps. Default: what the base recommends."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
+    _TARGET,
+    click.option(
+        "--sampler", default="ddim", show_default=True, help="ddim, euler, euler_a, dpmpp_2m[_karras] or lcm."
+    ),
+)
+_SERVING = (
+    click.option("--host", default="127.0.0.1", show_default=True),
+    click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True),
+    click.option("--budget-mb", type=click.FloatRange(min=1), default=2000.0, show_default=True, help="For engines."),
+    _TARGET,
+    click.option("--queue", type=click.IntRange(min=1), default=32, show_default=True, help="Pictures that may wait."),
+    click.option("--api-keys", type=_FILE, help="File of keys, one a line. Without it everybody may ask."),
+    click.option("--log-prompts", is_flag=True, help="Write prompts into the log."),
+)
+
+Command = Callable[..., Any]
+
+
+def drawing_options(command: Command) -> Command:
+    """Give a command the options of `personalq generate`."""
+    return _with(_DRAWING, command)
+
+
+def serving_options(command: Command) -> Command:
+    """Give a command the options of `personalq serve`."""
+    return _with(_SERVING, command)
+
+
+def _with(options: tuple[Callable[[Command], Command], ...], command: Command) -> Command:
+    for option in reversed(options):
+        command = option(command)
+    return command
