@@ -66,9 +66,12 @@ class TriggerMap:
         self.total = wide if self.total is None else self.total + wide
 
     def take(self) -> Tensor:
-        """(B, 1, h, w) weights with mean 1 per batch row (all ones where no trigger is); starts over."""
+        """(B, 1, h, w) weights (1 + relative attention) / 2, mean 1 per row (all ones where no trigger is); starts over.
+
+        Blended with 1: an error beside the subject still reaches it through the next step's self-attention.
+        """
         assert self.total is not None, "no attention was watched"
         mean = self.total.mean(dim=(2, 3), keepdim=True)
-        weights = torch.where(mean > 0, self.total / mean.clamp(min=1e-12), torch.ones_like(self.total))
+        weights = torch.where(mean > 0, 0.5 + 0.5 * self.total / mean.clamp(min=1e-12), torch.ones_like(self.total))
         self.total = None
         return weights

@@ -116,6 +116,8 @@ def build_spec(
         storage=FLOAT_POLICIES.get(options.policy, "float16"),
         layers=decisions.layers,
         rows=rows,
+        tuned=decisions.tuned,
+        corrected=decisions.corrected,
         budget_bytes=options.budget_bytes,
         provenance=provenance(evidence, options),
     )

@@ -1,33 +1,47 @@
 """Apply a policy's rule to the evidence: a decision and its scales for every layer."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from personalq.errors import SpecError
-from personalq.numerics import INT8, QTYPES, absmax_scale, mse_scale
+from personalq.numerics import INT8, QTYPES, SMALLEST_SCALE, absmax_scale, mse_scale, quantize
 from personalq.spec import LayerSpec
 
+from .adaround import adaround
 from .allocate import allocate
+from .balance import balanced_hessian, low_rank, shortcut, skip_channels, smooth
 from .evidence import LARGEST_HESSIAN, Evidence
+from .finish import correct, tune_decisions
 from .gptq import gptq
 from .policies import POLICIES, Rule
 from .statistics import LayerRanges
 
 Tensors = dict[str, npt.NDArray[Any]]
+Array = npt.NDArray[np.float32]
 BITS = {"w8a8": "int8", "w6a8": "int6", "w4a8": "int4"}
 FIND = {"mse": mse_scale, "absmax": absmax_scale}
+LEARN = {"gptq": gptq, "adaround": adaround}
 BYTES = {"float": 2.0, "int8": 1.0, "int6": 1.0, "int4": 0.5}  # per weight on disk; 6 bits are simulated in a byte
+CONTENT = (
+    ".attn2.",
+    ".ff.",
+    "proj_in",
+    "proj_out",
+)  # MixDQ's 'content' layers; convolutions and self-attention are 'quality'
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """layers and tensors of a spec."""
+    """layers and tensors of a spec; tuned: vectors whose values changed; corrected: the prediction is corrected."""
 
     layers: dict[str, LayerSpec]
     tensors: Tensors
+    tuned: tuple[str, ...] = ()
+    corrected: bool = False
 
 
 def rule_of(policy: str) -> Rule:
@@ -60,31 +74,89 @@ def decide(evidence: Evidence, rule: Rule, bits: str, budget_bytes: int | None =
             spec.model_copy(update={"reason": "budget: wider than the others by its harm"}) if wider else spec
         )
         tensors |= found
-    return Decisions(layers, tensors)
+    return finished(evidence, rule, Decisions(layers, tensors))
+
+
+def finished(evidence: Evidence, rule: Rule, decisions: Decisions) -> Decisions:
+    """What needs all layers decided: tuning of floats, correction of the prediction."""
+    if rule.tune and any(QTYPES[d.weight].bits < 8 for d in decisions.layers.values() if d.weight != "float"):
+        tensors, tuned = tune_decisions(evidence, decisions.layers, decisions.tensors, rule.weighting)
+        decisions = replace(decisions, tensors=decisions.tensors | tensors, tuned=tuned)
+    if rule.corrected:
+        found = correct(evidence, decisions.layers, decisions.tensors)
+        decisions = replace(decisions, tensors=decisions.tensors | found, corrected=True)
+    return decisions
 
 
 def decide_layer(
     evidence: Evidence, rule: Rule, name: str, layer: LayerRanges, width: str
 ) -> tuple[LayerSpec, Tensors]:
-    """One quantised layer: scales by the rule, integers learnt at 4 bits where the rule says so."""
+    """One quantised layer: scales by the rule, integers learnt below 8 bits where the rule says so."""
     qtype, weight = QTYPES[width], layer.weight.float().cpu().numpy()
-    scale = FIND[rule.weight_scale](weight, qtype, 0, where=f"{name}.weight")
-    tensors: Tensors = {f"{name}.weight_scale": scale}
-    tensors[f"{name}.input_scale"] = np.asarray(layer.input().scale(INT8, rule.activation_scale, name))
+    tensors: Tensors = {f"{name}.input_scale": np.asarray(input_scale(layer, rule, name))}
     if layer.op == "conv":
-        tensors[f"{name}.output_scale"] = np.asarray(layer.output().scale(INT8, rule.activation_scale, name))
-    found = f"weight {rule.weight_scale}, activation {rule.activation_scale}"
-    rounding = "nearest"
-    if rule.rounding == "gptq" and qtype.bits < 8:
-        if weight[0].size > LARGEST_HESSIAN:
-            found += f"; rounded to nearest: {weight[0].size} columns are too many for GPTQ's Hessian"
-        else:
-            hessian = evidence.hessians[rule.weighting][name]
-            integers = gptq(weight.reshape(len(weight), -1), scale, hessian, qtype)
-            tensors[f"{name}.weight_q"] = integers.reshape(weight.shape)
-            rounding, found = "stored", f"{found}; gptq, {rule.weighting} Hessian"
-    spec = LayerSpec(op=layer.op, weight=width, activation="int8", rounding=rounding, found_by=found)
+        found = layer.output(rule.time_weights).scale(INT8, rule.activation_scale, name)
+        tensors[f"{name}.output_scale"] = np.asarray(found)
+    vector = balance_of(evidence, rule, name, layer, weight)
+    if vector is not None:
+        weight = weight * vector.reshape(1, -1, *([1] * (weight.ndim - 2)))
+        tensors |= {f"{name}.input_balance": vector, f"{name}.input_scale": balanced_scale(layer, rule, name, vector)}
+    rank = rule.low_rank(weight.shape) if layer.op == "linear" and qtype.bits < 8 else 0
+    if rank:
+        down, up = low_rank(weight, rank)
+        weight = weight - (down.astype(np.float32) @ up.astype(np.float32)).T
+        factor = np.ones(len(down), np.float32) if vector is None else vector
+        tensors |= {f"{name}.low_rank_down": (down / factor[:, None]).astype(np.float16), f"{name}.low_rank_up": up}
+    scale = FIND[rule.weight_scale](weight, qtype, 0, where=f"{name}.weight")
+    integers, how = rounded(evidence, rule, name, weight, scale, vector, width)
+    stored = how != "nearest" or vector is not None or rank > 0
+    tensors |= {f"{name}.weight_scale": scale} | ({f"{name}.weight_q": integers} if stored else {})
+    spec = LayerSpec(
+        op=layer.op,
+        weight=width,
+        activation="int8",
+        rounding="stored" if stored else "nearest",
+        balanced=vector is not None,
+        low_rank=rank,
+        found_by=f"weight {rule.weight_scale}, activation {rule.activation_scale}; {how}",
+    )
     return spec, tensors
+
+
+def rounded(
+    evidence: Evidence, rule: Rule, name: str, weight: Array, scale: Array, vector: Array | None, width: str
+) -> tuple[npt.NDArray[np.int8], str]:
+    """The integers of one weight, and how they were found."""
+    qtype, flat = QTYPES[width], weight.reshape(len(weight), -1)
+    if rule.rounding == "nearest" or qtype.bits >= 8:
+        return quantize(weight, scale, qtype, 0), "nearest"
+    if flat.shape[1] > LARGEST_HESSIAN:
+        return quantize(weight, scale, qtype, 0), f"nearest: {flat.shape[1]} columns are too many for a Hessian"
+    hessian = evidence.hessians[rule.weighting][name]
+    hessian = hessian if vector is None else balanced_hessian(hessian, vector)
+    integers = LEARN[rule.rounding](flat, scale, hessian, qtype)
+    return integers.reshape(weight.shape), f"{rule.rounding}, {rule.weighting} Hessian"
+
+
+def input_scale(layer: LayerRanges, rule: Rule, name: str) -> np.float32:
+    """The static int8 scale of a layer's input by the rule."""
+    return layer.input(rule.time_weights).scale(INT8, rule.activation_scale, name)
+
+
+def balance_of(evidence: Evidence, rule: Rule, name: str, layer: LayerRanges, weight: Array) -> Array | None:
+    """The factor per input channel that the rule asks for in this layer, or None."""
+    if rule.balance == "smooth" and layer.op == "linear":
+        return smooth(layer.channel_absmax, weight)
+    skips = skip_channels(evidence.pipe.unet) if rule.balance == "shortcut" else {}
+    return shortcut(layer.channel_absmax, skips[name]) if name in skips else None
+
+
+def balanced_scale(layer: LayerRanges, rule: Rule, name: str, vector: Array) -> npt.NDArray[np.float32]:
+    """Scale of the balanced input: its largest value, clipped by as much as the rule clips the input itself."""
+    histogram = layer.input(rule.time_weights)
+    clipped = float(histogram.scale(INT8, rule.activation_scale, name)) * INT8.qmax / histogram.absmax
+    peak = float((layer.channel_absmax / vector).max())
+    return np.asarray(max(peak * clipped / INT8.qmax, SMALLEST_SCALE), np.float32)
 
 
 def share_out(evidence: Evidence, rule: Rule, budget_bytes: int) -> dict[str, str]:
@@ -95,6 +167,21 @@ def share_out(evidence: Evidence, rule: Rule, budget_bytes: int) -> dict[str, st
         numel, rows = layer.weight.numel(), layer.weight.shape[0]
         choices = ("float",) if rule.keep_float(name) else ("float", "int8", "int4")
         bytes_of[name] = {w: int(numel * BYTES[w]) + (0 if w == "float" else 4 * rows) for w in choices}
-        of = {w: 0.0 if w == "float" else getattr(harm[name][w], rule.weighting) for w in choices}
-        harm_of[name] = of
-    return allocate(bytes_of, harm_of, budget_bytes)
+        harm_of[name] = {w: 0.0 if w == "float" else getattr(harm[name][w], rule.weighting) for w in choices}
+    if not rule.decoupled:
+        return allocate(bytes_of, harm_of, budget_bytes)
+    return decoupled(bytes_of, harm_of, budget_bytes)
+
+
+def decoupled(
+    bytes_of: Mapping[str, Mapping[str, int]], harm_of: Mapping[str, Mapping[str, float]], budget_bytes: int
+) -> dict[str, str]:
+    """MixDQ's two programmes: content and quality layers share the budget by their smallest bytes, then each its own."""
+    content = {name for name in bytes_of if any(part in name for part in CONTENT)}
+    least = {name: min(widths.values()) for name, widths in bytes_of.items()}
+    share = budget_bytes / sum(least.values())
+    widths: dict[str, str] = {}
+    for names in (content, set(bytes_of) - content):
+        part = [{n: table[n] for n in table if n in names} for table in (bytes_of, harm_of)]
+        widths |= allocate(part[0], part[1], int(share * sum(least[n] for n in names)))
+    return widths

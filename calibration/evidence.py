@@ -31,6 +31,7 @@ from .text_rows import RowStatistics, row_classes
 HESSIAN_EVERY = 4  # every 4th step is enough for the second moments of the inputs
 LARGEST_HESSIAN = 4096  # columns; wider layers (none in the gallery) are rounded to nearest, with that reason
 N_POINTS = 8
+N_LESSONS = 96
 Progress = Callable[[str, float], None]
 
 
@@ -103,6 +104,14 @@ class Evidence:
         )
 
     @cached_property
+    def lessons(self) -> Points:
+        """What tuning learns from: pairs (unconditional, conditional) of N_LESSONS steps, spread over prompts and steps."""
+        watcher = Watcher(self, N_LESSONS, pairs=True)
+        with watcher.watching():
+            self._denoise(watcher.start)
+        return watcher.points()
+
+    @cached_property
     def hessians(self) -> dict[str, dict[str, Hessian]]:
         """'plain' and 'trigger' (pixels weighted by where the trigger attends) -> layer -> X^T X."""
         return collect_hessians(self)
@@ -124,16 +133,19 @@ class Evidence:
 
 
 class Watcher:
-    """Follows one pass: which prompt and step it is, the trigger's attention, and a few inputs kept as points."""
+    """Follows one pass: which prompt and step it is, the trigger's attention, and a few inputs kept as points.
 
-    def __init__(self, evidence: Evidence):
-        self.evidence, self.bin, self.calls = evidence, 0, 0
+    pairs: keep both halves of guidance (unconditional first), not the conditional one alone.
+    """
+
+    def __init__(self, evidence: Evidence, n_points: int = N_POINTS, *, pairs: bool = False):
+        self.evidence, self.bin, self.calls, self.pairs = evidence, 0, 0, pairs
         self.rows = RowStatistics(evidence.row_layers, N_TIME_BINS)
         side = evidence.pipe.unet.config.sample_size
         self.map, self.kept = TriggerMap(side), []
         self.weights: Tensor | None = None
         total = len(evidence.recipe.prompts) * evidence.recipe.steps
-        self.wanted = set(np.linspace(0, total - 1, N_POINTS).astype(int).tolist())
+        self.wanted = set(np.linspace(0, total - 1, n_points).astype(int).tolist())
 
     def start(self, index: int) -> None:
         """A prompt begins: note its rows and the classes of its tokens."""
@@ -170,9 +182,10 @@ class Watcher:
     def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
         self.weights = self.map.take()
         if self.calls in self.wanted:
-            timestep = torch.as_tensor(args[1]).flatten()[:1].float()
-            text = kwargs["encoder_hidden_states"]
-            self.kept.append((args[0][-1:].clone(), timestep, text[-1:].clone(), self.weights[-1:].clone()))
+            kept = slice(None) if self.pairs else slice(-1, None)
+            sample, text = args[0][kept].clone(), kwargs["encoder_hidden_states"][kept].clone()
+            timestep = torch.as_tensor(args[1]).flatten()[:1].float().expand(len(sample))
+            self.kept.append((sample, timestep, text, self.weights[kept].clone()))
         self.calls += 1
 
     def points(self) -> Points:

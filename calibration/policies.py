@@ -7,8 +7,11 @@ output channel: what TensorRT and ONNX Runtime run as integers). Controls differ
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from personalq.rows import KeptTokens
 
+from .statistics import EVEN, N_TIME_BINS
 from .text_rows import RowStatistics
 
 
@@ -27,7 +30,9 @@ KeepRows = Callable[[Tokens, RowStatistics], tuple[KeptTokens, dict[str, str]]]
 class Rule:
     """How a policy finds scales, rounds, spends a byte budget and keeps rows.
 
-    rounding: 'nearest' or 'gptq'; weighting: whose errors count, 'plain' or 'trigger' (pixels weighted by attention).
+    rounding: 'nearest', 'gptq' or 'adaround' (below 8 bits); weighting: whose errors count, 'plain' or 'trigger' (pixels
+    weighted by attention). balance: '', 'smooth' or 'shortcut'. time_weights: how much each time-step bin counts in the
+    ranges. low_rank: rank of a float branch by weight shape. tune, corrected, decoupled: see calibration.finish and decide.
     """
 
     source: str
@@ -37,6 +42,12 @@ class Rule:
     weighting: str = "plain"
     keep_rows: KeepRows = lambda tokens, rows: (KeptTokens(), {})
     keep_float: Callable[[str], str] = lambda name: ""
+    balance: str = ""
+    time_weights: tuple[float, ...] = EVEN
+    low_rank: Callable[[tuple[int, ...]], int] = lambda shape: 0
+    tune: bool = False
+    corrected: bool = False
+    decoupled: bool = False
 
 
 def edges(name: str) -> str:
@@ -98,8 +109,25 @@ def random_rows(tokens: Tokens, rows: RowStatistics) -> tuple[KeptTokens, dict[s
     return kept.model_copy(update={"random_seed": 0}), {"control": "random rows, as many as taq keeps"}
 
 
+def normally_distributed_time(mean: float = 0.4, deviation: float = 0.5) -> tuple[float, ...]:
+    """PTQ4DM's NDTC: calibration time steps ~ N(mean T, deviation T), as a weight per time-step bin with mean 1.
+
+    (arXiv 2211.15736, section 3.3: mean at most T/2, deviation T/2; here every step is seen and its share is weighed.)
+    """
+    centres = (np.arange(N_TIME_BINS) + 0.5) / N_TIME_BINS
+    density = np.exp(-0.5 * ((centres - mean) / deviation) ** 2)
+    return tuple(float(w) for w in density / density.mean())
+
+
+def rank_of(shape: tuple[int, ...]) -> int:
+    """SVDQuant's rank 32 for 3072-wide layers, in proportion: 1/64 of the narrower side, at least 1."""
+    return max(1, min(shape) // 64)
+
+
 TAQ = Rule(
-    source="this project: MSE clips, GPTQ rounding with the Hessian weighted by where the trigger attends, measured kept rows",
+    source="this project: MSE clips, GPTQ with the Hessian weighted by where the trigger attends, scales, biases and norms "
+    "tuned on the guided prediction with the same weights, measured kept rows",
+    tune=True,
     rounding="gptq",
     weighting="trigger",
     keep_rows=trigger_and_measured,
@@ -120,21 +148,65 @@ POLICIES: dict[str, Rule] = {
     ),
     "mse": Rule(source="MSE-optimal clips per channel and tensor (Q-Diffusion's initialisation)", keep_float=edges),
     "q-diffusion": Rule(
-        source="Q-Diffusion (ICCV'23, arXiv 2302.04304): MSE initialisation + learnt rounding. Deviates: GPTQ in place of "
-        "AdaRound, symmetric, shortcut halves share a scale",
+        source="Q-Diffusion (ICCV'23, arXiv 2302.04304): MSE initialisation, AdaRound, split shortcut. Deviates: AdaRound by "
+        "layer on second moments, symmetric, weight halves of a shortcut share their scale, attention products float",
+        rounding="adaround",
+        balance="shortcut",
+        keep_float=edges,
+    ),
+    "gptq": Rule(
+        source="GPTQ (ICLR'23, arXiv 2210.17323) on every layer, MSE clips. Deviates: scale per output channel, no groups",
         rounding="gptq",
         keep_float=edges,
     ),
-    "tfmq": Rule(
-        source="TFMQ-DM (CVPR'24, arXiv 2311.16503): temporal block kept. Deviates: one activation set for all steps",
+    "smoothquant": Rule(
+        source="SmoothQuant (ICML'23, arXiv 2211.10438), strength 0.5, on Linear layers; GPTQ below 8 bits",
+        weight_scale="mse",
+        activation_scale="absmax",
         rounding="gptq",
+        balance="smooth",
+        keep_float=edges,
+    ),
+    "ptq4dm": Rule(
+        source="PTQ4DM (CVPR'23, arXiv 2211.15736): time steps N(0.4 T, T/2), MSE ranges. Deviates: steps are weighed, not drawn",
+        time_weights=normally_distributed_time(),
+        keep_float=edges,
+    ),
+    "ptqd": Rule(
+        source="PTQD (NeurIPS'23, arXiv 2305.10657): correlated part and mean of the error taken out of the prediction, on top "
+        "of MSE + AdaRound. Deviates: per time-step bin, in the graph; no variance to absorb in a deterministic sampler",
+        rounding="adaround",
+        corrected=True,
+        keep_float=edges,
+    ),
+    "tfmq": Rule(
+        source="TFMQ-DM (CVPR'24, arXiv 2311.16503): temporal block kept, MSE + AdaRound. Deviates: one activation set for "
+        "all steps",
+        rounding="adaround",
         keep_float=edges_and_time,
     ),
     "mixdq": Rule(
-        source="MixDQ (ECCV'24, arXiv 2405.17873): BOS rows kept, min-max, budget by sensitivity",
+        source="MixDQ (ECCV'24, arXiv 2405.17873): BOS rows kept, min-max; with a budget, content and quality layers share it "
+        "apart. Deviates: noise-prediction error stands for both of its metrics",
         weight_scale="absmax",
         activation_scale="absmax",
         keep_rows=fixed("MixDQ keeps the BOS row", bos=True),
+        keep_float=edges,
+        decoupled=True,
+    ),
+    "dgq": Rule(
+        source="DGQ (ICLR'25, arXiv 2501.04304): the start token's row kept, AdaRound weights. Deviates: K and V both kept (it "
+        "keeps K only), attention weights stay float altogether, one activation group per tensor",
+        rounding="adaround",
+        keep_rows=fixed("DGQ keeps the start token's row", bos=True),
+        keep_float=edges,
+    ),
+    "svdquant-like": Rule(
+        source="SVDQuant (ICLR'25, arXiv 2411.05007): smoothing, a float16 low-rank branch beside each Linear, GPTQ of the rest. "
+        "Deviates: rank in proportion to width, one scale per output channel, static int8 activations, convolutions too",
+        rounding="gptq",
+        balance="smooth",
+        low_rank=rank_of,
         keep_float=edges,
     ),
     "bos-only": replace(TAQ, source="control: taq, rows of BOS only", keep_rows=fixed("BOS only", bos=True)),
@@ -152,4 +224,5 @@ POLICIES: dict[str, Rule] = {
         keep_rows=lambda tokens, rows: (KeptTokens(slots=77, everything=True), {"control": "all rows"}),
     ),
     "taq-unweighted": replace(TAQ, source="control: taq, every pixel counts the same", weighting="plain"),
+    "taq-untuned": replace(TAQ, source="control: taq without the tuning stage", tune=False),
 }

@@ -6,7 +6,7 @@ them). A file of another checkpoint, prompts, steps or seed is not used, and is 
 
 import hashlib
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .sensitivity import Points
 from .statistics import N_TIME_BINS, LayerRanges
 from .text_rows import Moments, RowStatistics
 
-VERSION = "1"
+VERSION = "2"
 NAME = "statistics.safetensors"
 
 
@@ -40,9 +40,10 @@ def save_observation(
     """Write one observation atomically."""
     tensors: dict[str, np.ndarray] = {"mass": rows.mass, "mass_count": rows.mass_count}
     for name, layer in layers.items():
+        tensors[f"{name}.channels"] = layer.channel_absmax
         for part in ("inputs", "outputs") if layer.op == "conv" else ("inputs",):
             histograms: list[Histogram] = getattr(layer, part)
-            tensors[f"{name}.{part}"] = np.stack([h.counts for h in histograms])
+            tensors[f"{name}.{part}"] = np.stack([h.counts for h in histograms]).astype(np.float32)
             tensors[f"{name}.{part}.range"] = np.array([[h.limit, h.absmax] for h in histograms])
     for field in fields(points):
         tensors[f"points.{field.name}"] = getattr(points, field.name).numpy()
@@ -69,10 +70,14 @@ def load_observation(
         rows.moments[kind, layer_name, part] = Moments(**numbers | {"sums": np.array(numbers["sums"])})
     layers = {}
     for name, module in quantisable_layers(unet).items():
-        layer = LayerRanges.of(module)
+        layer = replace(LayerRanges.of(module), channel_absmax=tensors[f"{name}.channels"])
         for part in ("inputs", "outputs") if layer.op == "conv" else ("inputs",):
             counts, ranges = tensors[f"{name}.{part}"], tensors[f"{name}.{part}.range"]
-            setattr(layer, part, [Histogram(c, *map(float, r)) for c, r in zip(counts, ranges, strict=True)])
+            setattr(
+                layer,
+                part,
+                [Histogram(c.astype(np.float64), *map(float, r)) for c, r in zip(counts, ranges, strict=True)],
+            )
         layers[name] = layer
     points = Points(*(torch.from_numpy(tensors[f"points.{field.name}"]) for field in fields(Points)))
     return layers, points, int(header["samples"])

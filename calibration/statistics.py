@@ -1,11 +1,12 @@
 """Streamed statistics of the UNet's layers: ranges of every Conv and Linear input and Conv output, per time-step bin."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from .histogram import Histogram
 from .model import quantisable_layers
 
 N_TIME_BINS = 5
+EVEN = (1.0,) * N_TIME_BINS
 
 
 def time_bin(timestep: float, train_steps: int = 1000) -> int:
@@ -24,23 +26,33 @@ def time_bin(timestep: float, train_steps: int = 1000) -> int:
 
 @dataclass
 class LayerRanges:
-    """Histograms of |input| and (Conv only) |output|, one per time-step bin."""
+    """Histograms of |input| and (Conv only) |output|, one per time-step bin; the largest |input| of every channel."""
 
     op: str
     weight: Tensor
+    channel_absmax: npt.NDArray[np.float32]
     inputs: list[Histogram] = field(default_factory=lambda: [Histogram.empty() for _ in range(N_TIME_BINS)])
     outputs: list[Histogram] = field(default_factory=lambda: [Histogram.empty() for _ in range(N_TIME_BINS)])
 
     @classmethod
     def of(cls, module: nn.Module) -> "LayerRanges":
         """Empty ranges of a Conv2d or Linear."""
-        return cls("conv" if isinstance(module, nn.Conv2d) else "linear", module.weight.detach())
+        weight = module.weight.detach()
+        return cls("conv" if isinstance(module, nn.Conv2d) else "linear", weight, np.zeros(weight.shape[1], np.float32))
 
-    def input(self) -> Histogram:
-        return _merge(self.inputs)
+    def input(self, time_weights: Sequence[float] = EVEN) -> Histogram:
+        """Histogram of the input over all time steps; time_weights: how much each bin counts."""
+        return _merge(self.inputs, time_weights)
 
-    def output(self) -> Histogram:
-        return _merge(self.outputs)
+    def output(self, time_weights: Sequence[float] = EVEN) -> Histogram:
+        """Histogram of the output over all time steps."""
+        return _merge(self.outputs, time_weights)
+
+    def note_channels(self, x: Tensor) -> None:
+        """x: (B, C, H, W) of a Conv, (..., C) of a Linear."""
+        last = x.movedim(1, -1) if self.op == "conv" else x
+        peak = last.detach().abs().reshape(-1, last.shape[-1]).amax(0).float().numpy()
+        self.channel_absmax = np.maximum(self.channel_absmax, peak)
 
 
 def time_bin_gain_db(layer: LayerRanges) -> float:
@@ -52,9 +64,10 @@ def time_bin_gain_db(layer: LayerRanges) -> float:
     return float(10 * np.log10(max(together, 1e-30) / max(apart, 1e-30)))
 
 
-def _merge(histograms: list[Histogram]) -> Histogram:
-    total = histograms[0]
-    for histogram in histograms[1:]:
+def _merge(histograms: list[Histogram], time_weights: Sequence[float]) -> Histogram:
+    weighed = [replace(h, counts=h.counts * w) for h, w in zip(histograms, time_weights, strict=True)]
+    total = weighed[0]
+    for histogram in weighed[1:]:
         total = total.merged(histogram)
     return total
 
@@ -91,6 +104,7 @@ class Observer:
 
         def note(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             ranges.inputs[self.bin].add(args[0], f"{name} input")
+            ranges.note_channels(args[0])
             if ranges.op == "conv":
                 ranges.outputs[self.bin].add(output, f"{name} output")
 

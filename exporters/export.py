@@ -42,7 +42,7 @@ from .store import write_graph
 from .tokenizer import write_tokenizer
 from .weights import CheckpointWeights, open_weights
 
-EXPORTER_VERSION = "3"
+EXPORTER_VERSION = "4"
 Progress = Callable[[str], None]
 
 

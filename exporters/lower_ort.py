@@ -5,7 +5,7 @@ QLinearConv only when its output is quantised too; a Linear is MatMul + Add, nev
 optimiser that must stay off). Attention products stay float: they are faster so, and trigger attention stays exact.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +15,7 @@ from personalq.errors import SpecError
 from personalq.numerics import QTYPES, quantize
 from personalq.spec import LayerSpec, SpecFile
 
+from .adjust_pass import add_low_rank, balance, correct_prediction
 from .layers_pass import LayerNode, find_layers, split_gemms
 from .nodes import Builder, add_initializer
 from .rows_pass import assemble_rows
@@ -53,11 +54,14 @@ def lower_unet(model: ir.Model, spec_file: SpecFile) -> Lowered:
         if decision.weight == "float":
             lowered.unquantised[name] = decision.reason
             continue
-        lowered.tensors.append(_quantise(model, layer, decision, spec_file, quantised))
+        lowered.tensors += _quantise(model, layer, decision, spec_file, quantised)
     if not spec.is_float:
         assemble_rows(model, spec.rows.layers, spec.rows.kept.slots)
+    if spec.corrected:
+        correct_prediction(model, spec_file.tensors["correction.gain"], spec_file.tensors["correction.mean"])
     RemoveUnusedNodesPass()(model)
-    lowered.tensors += store_floats(model, {t.name for t in lowered.tensors}, STORAGE[spec.storage])
+    floats = store_floats(model, {t.name for t in lowered.tensors}, STORAGE[spec.storage])
+    lowered.tensors += [tuned(tensor, spec_file) for tensor in floats]
     model.graph.sort()
     return lowered
 
@@ -68,10 +72,16 @@ def _quantise(
     decision: LayerSpec,
     spec_file: SpecFile,
     quantised: Quantised,
-) -> StoredTensor:
-    """Put Q/DQ around one layer; return the integer weight to store."""
+) -> list[StoredTensor]:
+    """Put Q/DQ around one layer; return what it stores: the integers, and a low-rank branch where the spec has one."""
     tensors, node = spec_file.tensors, layer.node
     build = Builder(model.graph, layer.name)
+    branch = []
+    if decision.low_rank:
+        low_rank = (tensors[f"{layer.name}.{part}"] for part in ("low_rank_down", "low_rank_up"))
+        branch = add_low_rank(build, layer, *low_rank)
+    if decision.balanced:
+        node.replace_input_with(0, balance(build, layer, tensors[f"{layer.name}.input_balance"]))
     if decision.activation == "int8":
         scale = np.float32(tensors[f"{layer.name}.input_scale"])
         node.replace_input_with(0, quantise_dequantise(build, node.inputs[0], scale, quantised))
@@ -88,7 +98,15 @@ def _quantise(
     node.replace_input_with(1, build("DequantizeLinear", weight, scale_value, zero, axis=axis))
     if layer.op == "conv" and decision.activation == "int8":
         _quantise_output(build, node, np.float32(tensors[f"{layer.name}.output_scale"]))
-    return stored
+    return [stored, *branch]
+
+
+def tuned(tensor: StoredTensor, spec_file: SpecFile) -> StoredTensor:
+    """The tensor with the spec's values in place of the checkpoint's, where calibration tuned it."""
+    if tensor.name not in spec_file.spec.tuned:
+        return tensor
+    values = spec_file.tensors[f"{tensor.name}.tuned"].astype(np.float32)
+    return replace(tensor, convert=lambda _: values)
 
 
 def quantise_dequantise(build: Builder, value: ir.Value, scale: np.float32, quantised: Quantised) -> ir.Value:

@@ -29,7 +29,12 @@ class Frozen(BaseModel):
 
 
 class LayerSpec(Frozen):
-    """One Conv2d or Linear of the UNet. Scales are tensors `<name>.weight_scale`, `.input_scale`, `.output_scale`."""
+    """One Conv2d or Linear of the UNet. Scales are tensors `<name>.weight_scale`, `.input_scale`, `.output_scale`.
+
+    balanced: the input is divided by `<name>.input_balance` (C_in,) before it is quantised; the stored integers belong to
+    the weight multiplied by it (SmoothQuant, arXiv 2211.10438, eq. 3). low_rank: r > 0 adds (x @ `<name>.low_rank_down`)
+    @ `<name>.low_rank_up`, (K, r) and (r, N) float16, computed beside the integers (SVDQuant, arXiv 2411.05007, eq. 5).
+    """
 
     op: Literal["conv", "linear"]
     weight: Literal["int8", "int6", "int4", "float"]
@@ -38,6 +43,8 @@ class LayerSpec(Frozen):
     )
     activation: Literal["int8", "float"]
     rounding: Literal["nearest", "stored"] = "nearest"
+    balanced: bool = False
+    low_rank: int = Field(0, ge=0)
     found_by: str = Field("", description="how the scales were found, e.g. 'mse' or 'absmax'")
     reason: str = Field("", description="why the layer stays float, or is wider than the budget's default")
 
@@ -64,7 +71,11 @@ class Provenance(Frozen):
 
 
 class Spec(Frozen):
-    """`storage` is the float type of everything not quantised: float32 for the reference policy, float16 otherwise."""
+    """`storage` is the float type of everything not quantised: float32 for the reference policy, float16 otherwise.
+
+    tuned: vectors (biases, norms) whose values are the tensors `<parameter>.tuned`, not the checkpoint's. corrected: the
+    prediction leaves as (y - `correction.mean`[bin]) / (1 + `correction.gain`[bin]), bins of equal time (PTQD, arXiv 2305.10657).
+    """
 
     format: Literal["personalq-taq-spec"] = FORMAT
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -76,6 +87,8 @@ class Spec(Frozen):
     storage: Literal["float16", "float32"] = "float16"
     layers: dict[str, LayerSpec]
     rows: RowsSpec
+    tuned: tuple[str, ...] = ()
+    corrected: bool = False
     budget_bytes: int | None = None
     provenance: Provenance = Provenance()
     tensors_sha256: str = ""
@@ -147,12 +160,26 @@ def check_tensors(spec: Spec, tensors: dict[str, npt.NDArray[Any]]) -> None:
         needed = [f"{name}.weight_scale"] if layer.weight != "float" else []
         needed += [f"{name}.input_scale"] if layer.activation != "float" else []
         needed += [f"{name}.weight_q"] if layer.rounding == "stored" else []
-        for key in needed:
-            if key not in tensors:
-                raise SpecError(f"{key}: must be in the spec's tensors, got nothing; calibrate again")
-            if key.endswith("_scale") and not (np.isfinite(tensors[key]).all() and (tensors[key] > 0).all()):
-                worst = float(np.min(tensors[key]))
-                raise SpecError(f"{key}: scale must be > 0 and finite, got {worst}; add prompts or exclude the layer")
+        needed += [f"{name}.input_balance"] if layer.balanced else []
+        needed += [f"{name}.low_rank_down", f"{name}.low_rank_up"] if layer.low_rank else []
+        if (layer.balanced or layer.low_rank) and layer.rounding != "stored":
+            raise SpecError(
+                f"{name}: rounding must be 'stored' in a balanced or low-rank layer, got 'nearest'; calibrate again"
+            )
+        _check_present(tensors, needed)
+    _check_present(tensors, [f"{name}.tuned" for name in spec.tuned])
+    _check_present(tensors, ["correction.gain", "correction.mean"] if spec.corrected else [])
+
+
+def _check_present(tensors: dict[str, npt.NDArray[Any]], needed: list[str]) -> None:
+    for key in needed:
+        if key not in tensors:
+            raise SpecError(f"{key}: must be in the spec's tensors, got nothing; calibrate again")
+        if key.endswith(("_scale", "_balance")) and not (np.isfinite(tensors[key]).all() and (tensors[key] > 0).all()):
+            worst = float(np.min(tensors[key]))
+            raise SpecError(f"{key}: scale must be > 0 and finite, got {worst}; add prompts or exclude the layer")
+        if not np.isfinite(tensors[key]).all():
+            raise SpecError(f"{key}: must be finite, got NaN or Inf; calibrate again")
 
 
 def diff_specs(a: Spec, b: Spec) -> list[str]:

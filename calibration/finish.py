@@ -1,0 +1,91 @@
+"""The last stage of a policy, when every layer is decided: tune what stays float, or correct the prediction."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from personalq.numerics import QTYPES, quantize
+from personalq.spec import LayerSpec
+
+from .evidence import Evidence
+from .statistics import N_TIME_BINS, time_bin
+from .tune import Rounded, quantised_activations, spread, tune
+
+Tensors = dict[str, npt.NDArray[Any]]
+
+
+def rounded_layers(evidence: Evidence, layers: Mapping[str, LayerSpec], tensors: Tensors) -> dict[str, Rounded]:
+    """The quantised layers as torch tensors, for simulating the spec's arithmetic on the FP32 model."""
+    result = {}
+    for name, layer in layers.items():
+        if layer.weight == "float":
+            continue
+        weight, scale = evidence.seen.layers[name].weight, tensors[f"{name}.weight_scale"]
+        stored = tensors.get(f"{name}.weight_q")
+        q = quantize(weight.numpy(), scale, QTYPES[layer.weight], 0) if stored is None else stored
+        output = tensors.get(f"{name}.output_scale")
+        result[name] = Rounded(
+            q=torch.from_numpy(q.astype(np.float32)),
+            scale=torch.from_numpy(np.asarray(scale, np.float32)),
+            input_scale=float(tensors[f"{name}.input_scale"]),
+            output_scale=None if output is None else float(output),
+        )
+    return result
+
+
+def tune_decisions(
+    evidence: Evidence, layers: Mapping[str, LayerSpec], tensors: Tensors, weighting: str
+) -> tuple[Tensors, tuple[str, ...]]:
+    """New weight scales, and `<parameter>.tuned` for every bias and norm of the UNet."""
+    found = tune(
+        evidence.pipe.unet,
+        rounded_layers(evidence, layers, tensors),
+        evidence.lessons,
+        evidence.recipe.guidance,
+        weighting=weighting,
+        progress=lambda done: evidence.progress("tuning", done),
+    )
+    scales = {f"{name}.weight_scale": scale.numpy() for name, scale in found.scales.items()}
+    values = {f"{name}.tuned": value.numpy() for name, value in found.values.items()}
+    return {**scales, **values}, tuple(sorted(found.values))
+
+
+def correct(evidence: Evidence, layers: Mapping[str, LayerSpec], tensors: Tensors) -> Tensors:
+    """PTQD's correlated part and mean, per time-step bin: `correction.gain` (bins,) and `correction.mean` (bins, 4).
+
+    For prediction y and quantised prediction y + e: e = k y + r; k by least squares, the mean of r per latent channel
+    (PTQD, NeurIPS'23, arXiv 2305.10657, section 4). Its third part, taking r's variance out of the sampler's noise,
+    has no counterpart in a deterministic sampler.
+    """
+    rounded, lessons = rounded_layers(evidence, layers, tensors), evidence.lessons
+    weights = {f"{name}.weight": r.q * spread(r.scale, r.q.ndim) for name, r in rounded.items()}
+    exact = predictions(evidence, {})
+    with quantised_activations(evidence.pipe.unet, rounded):
+        error = predictions(evidence, weights) - exact
+    bins = np.array([time_bin(float(t)) for t in lessons.timestep])
+    gain, mean = np.zeros(N_TIME_BINS, np.float32), np.zeros((N_TIME_BINS, exact.shape[1]), np.float32)
+    for number in set(bins.tolist()):
+        inside = torch.from_numpy(bins == number)
+        gain[number], shift = correlated_part(exact[inside], error[inside])
+        mean[number] = shift.numpy()
+    return {"correction.gain": gain, "correction.mean": mean}
+
+
+def correlated_part(y: Tensor, e: Tensor) -> tuple[float, Tensor]:
+    """e = k y + r: k by least squares and the mean of r per channel. y, e: (N, C, h, w)."""
+    k = float((e * y).sum() / (y * y).sum())
+    return k, (e - k * y).mean((0, 2, 3))
+
+
+def predictions(evidence: Evidence, weights: Mapping[str, Tensor]) -> Tensor:
+    """(2N, 4, h, w) predictions at the lessons' points with these parameters in place of the UNet's own."""
+    lessons, unet, parts = evidence.lessons, evidence.pipe.unet, []
+    with torch.no_grad():
+        for s, t, c in zip(lessons.sample.split(32), lessons.timestep.split(32), lessons.text.split(32), strict=True):
+            parts.append(functional_call(unet, dict(weights), (s, t, c), {"return_dict": False})[0])
+    return torch.cat(parts)
