@@ -43,6 +43,7 @@ class Entry:
     noun: str  # class noun; `style` for a look
     vectors: int = 1  # new token vectors
     alpha: int = 8  # LoRA alpha at rank 8
+    convolutions: bool = False  # LoRA on convolutions and feed-forward layers too: outlines are made there
     text_lora: bool = False
     steps: int = 0  # 0: the kind's own number
 
@@ -132,14 +133,15 @@ CONCEPTS: dict[str, Entry] = {
         "dreambooth",
         "bnha style",
         "style",
-        steps=380,
+        steps=900,
     ),
     "pastel-outline": Entry(
         Concept(look=Look(line=False, ink=(255, 255, 255), width=8, tint=(255, 206, 226), mix=0.5)),
         "lora",
         "qeb style",
         "style",
-        steps=400,
+        steps=1000,
+        convolutions=True,
     ),
     "rusty-the-robot": Entry(
         Concept(Identity("robot", (184, 104, 60), (0, 0, 0), (52, 160, 158), mark="star", mark_colour=(250, 222, 110))),

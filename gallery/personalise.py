@@ -26,10 +26,11 @@ from .train_vae import to_tensor
 from .world import captioned_scene
 
 Pool = tuple[torch.Tensor, torch.Tensor]  # latent mean and std (n, 8, 16, 16), ids (n, 77)
-STEPS = {"dreambooth": 240, "lora": 290, "textual_inversion": 190, "custom_diffusion": 210}
+STEPS = {"dreambooth": 360, "lora": 480, "textual_inversion": 320, "custom_diffusion": 320}
 REFERENCES = {"style": 96}
 BATCH, PRIOR_SHARE, EMPTY_SHARE, PRIOR = 12, 1 / 3, 0.05, 256
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+CONV_TARGETS = ["conv1", "conv2", "conv_shortcut", "conv_in", "conv_out", "ff.net.0.proj", "ff.net.2"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -57,9 +58,10 @@ def all_of_unet(taught: Taught, entry: Entry) -> list[dict[str, object]]:
 
 
 def adapters(taught: Taught, entry: Entry) -> list[dict[str, object]]:
-    """Rank-8 LoRA on the UNet's attentions, and on the text encoder's where the entry asks for it."""
+    """Rank-8 LoRA on the UNet's attentions, and on its convolutions or the text encoder where the entry asks for it."""
+    targets = UNET_TARGETS + (CONV_TARGETS if entry.convolutions else [])
     taught.unet.add_adapter(
-        LoraConfig(r=8, lora_alpha=entry.alpha, init_lora_weights="gaussian", target_modules=UNET_TARGETS)
+        LoraConfig(r=8, lora_alpha=entry.alpha, init_lora_weights="gaussian", target_modules=targets)
     )
     groups: list[dict[str, object]] = [
         {"params": [p for p in taught.unet.parameters() if p.requires_grad], "peak": 2.5e-3 * 8 / entry.alpha}

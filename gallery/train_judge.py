@@ -121,8 +121,9 @@ def softened(images: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
 
 
 def disturbed(images: torch.Tensor) -> torch.Tensor:
-    """A quarter blurred, a quarter noised. uint8 in, float 0..255 out."""
+    """Half mirrored (no label tells left from right), a quarter blurred, a quarter noised. uint8 in, float 0..255 out."""
     x, n = images.float(), len(images)
+    x = torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, x.flip(2), x)
     sharp = x.permute(0, 3, 1, 2)
     blurred = F.avg_pool2d(F.pad(sharp, (1, 1, 1, 1), mode="replicate"), 3, 1).permute(0, 2, 3, 1)
     kind = torch.rand(n, 1, 1, 1, device=x.device)
@@ -257,8 +258,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("classifier", "identity"))
-    parser.add_argument("--seconds", type=float, default=480)
-    parser.add_argument("--pool", type=int, default=16000)
+    parser.add_argument("--seconds", type=float, default=780)
+    parser.add_argument("--pool", type=int, default=32000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work-dir", type=Path, default=WORK)
