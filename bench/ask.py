@@ -1,6 +1,6 @@
 """Does Check-in find the right checkpoint, ask when it should, and refuse when nothing fits?
 
-    python -m bench.ask [--folds 5] [--subs 64] [--made 240]
+    python -m bench.ask [--folds 5] [--subs 40] [--made 200]
 
 Every dev request is decided by a model fitted without it (5 folds over requests). Prints a table, then one JSON object.
 """
@@ -27,7 +27,8 @@ from personalq.checkin.rank import read_model
 from personalq.checkin.words import terms
 from personalq.repository import Repository
 
-from .fit_checkin import DATA, fit, made_examples, make_examples, read_data
+from ._requests import DATA, make_examples, read_data
+from .fit_checkin import fit
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,15 @@ class Row:
 def cross_validate(folds: int, subs: int, made: int) -> list[Row]:
     """Decide every dev request with a model that has not seen it."""
     requests = read_data()[1]
-    examples, extra = make_examples(subs), made_examples(made)
+    examples = make_examples(subs, made)
     fold_of = np.random.default_rng(0).permutation(len(requests)) % folds
     rows: dict[int, Row] = {}
     with tempfile.TemporaryDirectory() as folder:
         repository = Repository.open(Path(folder) / "catalog", create=True)
         repository.add_cards(DATA / "catalog_real.jsonl")
         for fold in range(folds):
-            model = read_model(fit([e for e in examples if fold_of[e.request] != fold] + extra))
+            held_out = {requests[i]["request"] for i in np.flatnonzero(fold_of == fold)}
+            model = read_model(fit([e for e in examples if e.request.text not in held_out]))
             checkin = Checkin(repository, model=model)
             for i in np.flatnonzero(fold_of == fold):
                 rows[int(i)] = _decide(checkin, requests[i])
@@ -144,8 +146,8 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 @click.command()
 @click.option("--folds", default=5)
-@click.option("--subs", default=64, help="random sub-catalogues to fit on")
-@click.option("--made", default=240, help="requests made from cards to fit on")
+@click.option("--subs", default=40, help="random parts of catalogues to fit on")
+@click.option("--made", default=200, help="requests made from cards to fit on")
 @click.option("--show-failures", is_flag=True)
 def main(folds: int, subs: int, made: int, show_failures: bool) -> None:
     """Cross-validate Check-in on the dev set."""

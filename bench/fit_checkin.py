@@ -2,17 +2,13 @@
 
     python -m bench.fit_checkin [--out personalq/checkin/model.json]
 
-Training requests: the dev set over its whole catalogue, and over random sub-catalogues of 12 to 150 cards. A request
-whose right cards were left out of a sub-catalogue is one that nothing fits; one of whose several right cards only one
-was kept is no longer ambiguous. So the fit sees far more refusals, and other catalogue sizes, than the dev set has.
+Fitted on the dev set and on the hand-written requests of bench/requests, over whole catalogues and random parts of
+them (bench/_requests.py). bench/ask.py reports what a model fitted without a request decides about it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,175 +18,117 @@ import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from personalq.card import Card, parse_card
-from personalq.checkin.encoder import Encoder, shared_encoder
-from personalq.checkin.features import NAMES, Evidence, gather
-from personalq.checkin.index import build_index
-from personalq.checkin.intent import parse_request
+from personalq.checkin.features import NAMES, Evidence
 from personalq.checkin.rank import (
-    NONE_NAMES,
+    RIVAL_NAMES,
     TRIGGER_SCORE,
     AskRule,
     Linear,
     Model,
     Scorer,
-    distances,
     fits_nothing,
-    none_features,
     posterior,
+    rival_features,
+    rivals,
     scores,
 )
-from personalq.checkin.words import terms
 
-DATA = Path("tests/data")
-SUB_WEIGHT = 0.7
-L2 = 6e-3
+from ._requests import Example, make_examples
 
-
-class CachingEncoder(Encoder):
-    """The shipped encoder, remembering what it has seen: sub-catalogues repeat their texts."""
-
-    def __init__(self) -> None:
-        self.inner, self.seen = shared_encoder(), dict[str, NDArray[np.float32]]()
-
-    def is_word(self, word: str) -> bool:
-        return self.inner.is_word(word)
-
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        new = [t for t in dict.fromkeys(texts) if t not in self.seen]
-        self.seen |= dict(zip(new, self.inner.encode(new), strict=True)) if new else {}
-        return np.stack([self.seen[t] for t in texts]) if texts else np.zeros((0, 384), np.float32)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One request over one catalogue: its evidence, which candidates are right, and what should be decided."""
-
-    request: int
-    evidence: Evidence
-    ids: list[str]
-    right: NDArray[np.float64]
-    wanted: str
-    is_whole: bool
-
-
-def read_data() -> tuple[list[Card], list[dict[str, Any]]]:
-    """Read the dev catalogue and its requests."""
-    cards = [parse_card(line, where="catalog")[0] for line in (DATA / "catalog_real.jsonl").read_text().splitlines()]
-    requests = [json.loads(line) for line in (DATA / "requests_dev.jsonl").read_text().splitlines()]
-    return cards, requests
-
-
-def make_examples(n_subs: int, *, seed: int = 0) -> list[Example]:
-    """Gather evidence for every request over the whole catalogue and over random sub-catalogues."""
-    cards, requests = read_data()
-    encoder, rng = CachingEncoder(), np.random.default_rng(seed)
-    index = build_index(cards, encoder, digest="")
-    gather_ = lambda i, some, ix, whole: _example(i, requests[i], some, ix, encoder, is_whole=whole)  # noqa: E731
-    found = [gather_(i, cards, index, True) for i in range(len(requests))]
-    place = {card.id: i for i, card in enumerate(cards)}
-    for _ in range(n_subs):
-        chosen = rng.choice(len(requests), 10, replace=False)
-        keep = set(rng.choice(len(cards), int(rng.choice([12, 25, 60, 150])), replace=False).tolist())
-        for i in chosen:
-            keep = _keep_some(keep, [place[g] for g in requests[i]["gold"]], rng)
-        some = [cards[i] for i in sorted(keep)]
-        index = build_index(some, encoder, digest="")
-        found += [gather_(int(i), some, index, False) for i in chosen]
-    return found
-
-
-def made_examples(n: int, *, seed: int = 1) -> list[Example]:
-    """Make requests from cards: 'my <noun> <scene>', 'the <tag> <noun> <scene>'; the words themselves say who is right.
-
-    One in three has its right cards left out, so that nothing fits it although the scene may resemble something.
-    """
-    cards, requests = read_data()
-    encoder, rng = CachingEncoder(), np.random.default_rng(seed)
-    scenes = [intent.scene for request in requests if (intent := parse_request(request["request"])).scene]
-    facets = [frozenset(terms(f"{c.name} {c.class_noun} {' '.join(c.tags)}")) for c in cards]
-    found = []
-    for number in range(n):
-        subject = int(rng.integers(len(cards)))
-        text, needed = _made_request(cards[subject], str(rng.choice(scenes)), rng)
-        right = [i for i, facet in enumerate(facets) if needed <= facet]
-        keep = set(rng.choice(len(cards), int(rng.choice([14, 40, 120, 400])), replace=False).tolist())
-        keep = keep - set(right) if number % 3 == 0 else keep | set(right[:6]) if len(right) > 6 else keep | set(right)
-        some = [cards[i] for i in sorted(keep)]
-        gold = {cards[i].id for i in right} & {c.id for c in some}
-        request = {"request": text, "gold": sorted(gold), "must_clarify": len(gold) > 1}
-        example = _example(-1 - number, request, some, build_index(some, encoder, digest=""), encoder, is_whole=False)
-        found.append(example)
-    return found
-
-
-def _made_request(card: Card, scene: str, rng: np.random.Generator) -> tuple[str, frozenset[str]]:
-    noun = card.class_noun if card.class_noun not in ("", "style") else card.name.replace("_", " ")
-    tags = [tag for tag in card.tags if not set(terms(tag)) & set(terms(noun)) and len(tag) < 20]
-    tag = str(rng.choice(tags)) if tags and rng.random() < 0.5 else ""
-    needed = frozenset(terms(f"{tag} {noun}"))
-    if card.class_noun == "style":
-        return str(rng.choice([f"{scene} in {noun} style", f"{noun} style, {scene}", f"{noun} of {scene}"])), frozenset(
-            terms(noun)
-        )
-    start = str(rng.choice(["my", "the", "a photo of my", "a", "put the", "draw my"]))
-    return f"{start} {tag} {noun} {scene}".replace("  ", " "), needed
-
-
-def _keep_some(keep: set[int], right: list[int], rng: np.random.Generator) -> set[int]:
-    """Leave out all right cards (1 in 4), all but one (1 in 3), or all but a few."""
-    if not right:
-        return keep
-    draw = rng.random()
-    n = 0 if draw < 0.25 else 1 if draw < 0.6 else int(rng.integers(1, min(len(right), 6) + 1))
-    return (keep - set(right)) | set(rng.choice(right, n, replace=False).tolist())
-
-
-def _example(
-    i: int, request: dict[str, Any], cards: list[Card], index: Any, encoder: Encoder, *, is_whole: bool
-) -> Example:
-    evidence = gather(request["request"], cards, index, encoder)
-    ids = [cards[p].id for p in evidence.places]
-    gold = set(request["gold"]) & {card.id for card in cards}
-    right = np.array([c in gold for c in ids], float)
-    wanted = "abstain" if not gold else "clarify" if request["must_clarify"] and len(gold) > 1 else "select"
-    return Example(i, evidence, ids, right, wanted, is_whole)
+SUB_WEIGHT = 0.5
+_PAIRS = 12  # candidates of one example that are compared with the leader
+_BAGS, _HIDDEN = 5, 6
+L2 = 8e-3
 
 
 def fit(examples: list[Example]) -> dict[str, Any]:
-    """Fit the three parts; return model.json data."""
+    """Fit the three parts; return model.json data.
+
+    The card scorer is the mean of _BAGS scorers, each fitted without one part of the requests. What is fitted on top
+    of its posterior (none, rival) sees every request with the scorer that had not seen it: else it would trust it.
+    """
     usable = [e for e in examples if e.wanted == "abstain" or e.right.any()]
-    card = _fit_card(usable)
-    scored = [(e, *posterior(card(e.evidence.features) + TRIGGER_SCORE * e.evidence.trigger)) for e in usable]
-    none = _fit_logit(
-        np.stack([none_features(e.evidence, p, n) for e, p, n in scored]),
-        np.array([e.wanted == "abstain" for e, _, _ in scored]),
-        _weights(usable),
-    )
-    ask = _fit_ask([(e, p) for e, p, _ in scored if e.wanted != "abstain"])
-    parts = (("card", NAMES, card), ("none", NONE_NAMES, none))
+    texts = sorted({e.request.text for e in usable})
+    bag_of = dict(zip(texts, np.random.default_rng(7).permutation(len(texts)) % _BAGS, strict=True))
+    spread = _spread(usable)
+    bags = [_fit_card([e for e in usable if bag_of[e.request.text] != bag], spread, seed=bag) for bag in range(_BAGS)]
+    card = _mean_scorer(bags)
+    unseen = [bags[bag_of[e.request.text]] for e in usable]
+    scored = [
+        (e, *posterior(one(e.evidence.features) + TRIGGER_SCORE * e.evidence.trigger))
+        for e, one in zip(usable, unseen, strict=True)
+    ]
+    rival, limit = _fit_ask([(e, p) for e, p, _ in scored if e.wanted != "abstain"])
+    parts = (("card", NAMES, card), ("rival", RIVAL_NAMES, rival))
     return {part: {"features": list(names), **_numbers(linear)} for part, names, linear in parts} | {
-        "ask": ask.__dict__
+        "none_limit": _fit_none(scored),
+        "ask_limit": limit,
     }
 
 
-def _fit_ask(scored: list[tuple[Example, NDArray[np.float32]]]) -> AskRule:
-    """Search the two numbers of the ask rule for the best weighted F1 of asking plus accuracy of selecting."""
+def _spread(examples: list[Example]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    features = np.concatenate([e.evidence.features for e in examples])
+    return features.mean(0), features.std(0) + 1e-2
+
+
+def _mean_scorer(bags: list[Scorer]) -> Scorer:
+    """Return one scorer that scores as the mean of several: their hidden units side by side."""
+    return Scorer(
+        bags[0].mean,
+        bags[0].std,
+        np.mean([b.weights for b in bags], 0),
+        float(np.mean([b.bias for b in bags])),
+        np.concatenate([b.hidden_weights for b in bags]),
+        np.concatenate([b.hidden_bias for b in bags]),
+        np.concatenate([b.out_weights for b in bags]) / len(bags),
+    )
+
+
+def _fit_none(scored: list[tuple[Example, NDArray[np.float32], float]]) -> float:
+    """Return how probable "none" must be to refuse: the best F1 of refusing plus share of right leaders kept.
+
+    Parts of catalogues have many refusals, people have few: whole catalogues count more here.
+    """
+    none = np.array([n for _, _, n in scored])
+    weights = np.array([1.0 if e.is_whole else 0.2 for e, _, _ in scored])
+    wanted = np.array([e.wanted == "abstain" for e, _, _ in scored])
+    right = np.array([len(p) > 0 and e.right[int(p.argmax())] > 0 for e, p, _ in scored])
+    gains = []
+    for limit in (limits := np.arange(0.2, 0.81, 0.025)):
+        said = none > limit
+        f1 = 2 * weights[said & wanted].sum() / (weights[said].sum() + weights[wanted].sum())
+        gains.append(f1 + weights[~said & right].sum() / weights[right].sum())
+    return _best(limits, gains)
+
+
+def _best(values: NDArray[np.float64], gains: list[float]) -> float:
+    """Return the value with the best gain, its neighbours' gains counted too: one request must not decide."""
+    smooth = np.convolve(np.pad(gains, 3, mode="edge"), np.ones(7) / 7, mode="valid")
+    return round(float(values[int(smooth.argmax())]), 3)
+
+
+def _fit_ask(scored: list[tuple[Example, NDArray[np.float32]]]) -> tuple[Linear, float]:
+    """Fit who is a rival on pairs with a right leader, then the limit with the best F1 of asking plus selecting."""
+    right = [(e, p) for e, p in scored if len(p) > 1 and e.right[int(p.argmax())] > 0]
+    x, y, w = [], [], []
+    for e, p in right:
+        near = [c for c in np.argsort(-p, kind="stable")[1:_PAIRS] if c != int(p.argmax())]
+        x.append(rival_features(e.evidence, p)[near])
+        y.append(e.right[near] > 0)
+        w.append(np.full(len(near), (1.0 if e.is_whole else SUB_WEIGHT)))
+    rival = _fit_logit(np.concatenate(x), np.concatenate(y), np.concatenate(w))
+    rule = AskRule(rival, 0.5)
+    second = np.array([np.partition(rivals(rule, e.evidence, p), -2)[-2] if len(p) > 1 else 0.0 for e, p in scored])
     wanted = np.array([e.wanted == "clarify" for e, _ in scored])
     hit = np.array([e.right[int(p.argmax())] > 0 for e, p in scored])
     weights = _weights([e for e, _ in scored])
-    best = (-1.0, AskRule(0.0, 1.0, 0.0))
-    for lead_weight, tie_shrink in product((0.0, 1.0, 2.0, 4.0, 6.0), (1.0, 0.6, 0.4, 0.25)):
-        rule = AskRule(lead_weight, tie_shrink, 0.0)
-        nearest = np.array(
-            [np.partition(distances(rule, e.evidence, p), 1)[1] if len(p) > 1 else 99.0 for e, p in scored]
-        )
-        for limit in np.arange(0.2, 6.0, 0.2):
-            asked = nearest < limit
-            f1 = 2 * weights[asked & wanted].sum() / (weights[asked].sum() + weights[wanted].sum() + 1e-9)
-            selected = weights[~asked & ~wanted & hit].sum() / weights[~wanted].sum()
-            best = max(best, (float(f1 + selected), replace(rule, limit=round(float(limit), 2))), key=lambda b: b[0])
-    return best[1]
+    gains = []
+    for limit in (limits := np.arange(0.2, 0.81, 0.025)):
+        asked = second >= limit
+        f1 = 2 * weights[asked & wanted].sum() / (weights[asked].sum() + weights[wanted].sum() + 1e-9)
+        selected = weights[~asked & ~wanted & hit].sum() / weights[~wanted].sum()
+        gains.append(f1 + selected)
+    return rival, _best(limits, gains)
 
 
 def _weights(examples: list[Example]) -> NDArray[np.float64]:
@@ -203,23 +141,25 @@ def _numbers(part: Linear | Scorer) -> dict[str, Any]:
 
 def _fit_logit(x: NDArray[np.float32], y: NDArray[np.bool_], weights: NDArray[np.float64]) -> Linear:
     mean, std = x.mean(0), x.std(0) + 1e-3
-    model = LogisticRegression(C=1.0, max_iter=500).fit((x - mean) / std, y, sample_weight=weights)
+    model = LogisticRegression(C=0.3, max_iter=500).fit((x - mean) / std, y, sample_weight=weights)
     return Linear(mean, std, model.coef_[0].astype(np.float32), float(model.intercept_[0]))
 
 
-def _fit_card(examples: list[Example], *, n_hidden: int = 16, steps: int = 250) -> Scorer:
+def _fit_card(
+    examples: list[Example], spread: tuple[NDArray[np.float32], NDArray[np.float32]], *, seed: int, steps: int = 200
+) -> Scorer:
     """Minimise the cross-entropy between the posterior and a target uniform over the right cards (or on none)."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     lengths = np.array([len(e.right) for e in examples])
     owner = torch.from_numpy(np.repeat(np.arange(len(examples)), lengths))
     features = np.concatenate([e.evidence.features for e in examples])
-    mean, std = features.mean(0), features.std(0) + 1e-2
+    mean, std = spread
     z = torch.from_numpy((features - mean) / std).clamp(-6, 6)
     target = torch.from_numpy(np.concatenate([e.right / max(e.right.sum(), 1) for e in examples]).astype(np.float32))
     trigger = TRIGGER_SCORE * torch.from_numpy(np.concatenate([e.evidence.trigger for e in examples]))
     weight = torch.from_numpy(_weights(examples).astype(np.float32))
     weight = weight / weight.sum()
-    hidden, out, linear = (torch.nn.Linear(*size) for size in ((z.shape[1], n_hidden), (n_hidden, 1), (z.shape[1], 1)))
+    hidden, out, linear = (torch.nn.Linear(*size) for size in ((z.shape[1], _HIDDEN), (_HIDDEN, 1), (z.shape[1], 1)))
     for parameter, value in ((out.weight, 0.0), (out.bias, 0.0), (linear.weight, 0.0), (linear.bias, -5.0)):
         torch.nn.init.constant_(parameter, value)
     optimizer = torch.optim.Adam([p for m in (hidden, out, linear) for p in m.parameters()], lr=0.02)
@@ -247,17 +187,17 @@ def decide(model: Model, evidence: Evidence) -> tuple[str, NDArray[np.float32]]:
     p, none = posterior(scores(model, evidence))
     if fits_nothing(model, evidence, p, none):
         return "abstain", p
-    is_open = len(p) > 1 and np.partition(distances(model.ask, evidence, p), 1)[1] < model.ask.limit
+    is_open = len(p) > 1 and np.partition(rivals(model.ask, evidence, p), -2)[-2] >= model.ask.limit
     return ("clarify" if is_open else "select"), p
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("personalq/checkin/model.json"))
-@click.option("--subs", default=64, help="random sub-catalogues, ten requests each")
-@click.option("--made", default=240, help="requests made from cards")
+@click.option("--subs", default=40, help="random parts of the catalogues")
+@click.option("--made", default=200, help="requests made from cards")
 def main(out: Path, subs: int, made: int) -> None:
     """Fit on all of the dev set and write the numbers; bench.ask reports the cross-validated ones."""
-    data = fit(make_examples(subs) + made_examples(made))
+    data = fit(make_examples(subs, made))
     out.write_text(json.dumps(data, indent=1) + "\n")
     click.echo(f"wrote {out}")
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 
-from personalq.card import Card
+from personalq.card import Card, is_style
 
 SCENES = (
     "on the beach",
@@ -30,10 +30,6 @@ def subject_of(card: Card) -> str:
     trigger = card.trigger[0] if card.trigger else ""
     noun = "" if is_style(card) or card.class_noun.lower() in trigger.lower().split() else card.class_noun
     return " ".join(part for part in (trigger, noun) if part) or card.name
-
-
-def is_style(card: Card) -> bool:
-    return card.class_noun.lower() in ("style", "art style", "drawing style")
 
 
 def calibration_prompts(card: Card, count: int, seed: int = 0) -> list[str]:

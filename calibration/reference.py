@@ -10,14 +10,14 @@ from diffusers import StableDiffusionPipeline
 from safetensors.numpy import save
 
 from personalq.atomic import write_atomic
-from personalq.card import Card
+from personalq.card import Card, is_style
 from personalq.errors import RepositoryError
 from personalq.goldens import VERSION
 from personalq.header import read_header
 
 from .model import encode, packed_rows
 from .outputs import sampled_outputs
-from .prompts import is_style, subject_of
+from .prompts import subject_of
 
 TIMESTEPS = (999, 799, 599, 399, 199, 39)
 

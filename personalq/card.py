@@ -108,6 +108,11 @@ class Card(BaseModel):
         return self.model_dump(mode="json")
 
 
+def is_style(card: Card) -> bool:
+    """Tell whether a card is a way of drawing rather than a thing."""
+    return re.search(r"(?<![^\W_])style(?![^\W_])", card.class_noun, re.IGNORECASE) is not None
+
+
 def read_card(data: object, *, where: str) -> tuple[Card, tuple[str, ...]]:
     """Read a card.json object or a catalogue line; return the card and warnings.
 

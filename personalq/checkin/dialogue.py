@@ -20,14 +20,14 @@ from .encoder import Encoder, shared_encoder
 from .explain import MAX_OPTIONS, explained_words, option_order, option_texts, question, reasons
 from .features import Evidence, gather
 from .index import Index, build_index, load_index, save_index
-from .rank import Model, distances, fits_nothing, posterior, scores, shipped_model
+from .rank import Model, fits_nothing, posterior, rivals, scores, shipped_model
 from .rewrite import rewrite
 
 MAX_QUESTIONS = 2
 MAX_ANSWERS = 8
 _SHOWN = 10
 _STILL_OPEN = 0.75  # share of the leader's probability that keeps a candidate open after an answer
-_REACH = 5.0  # an answer may bring back candidates this much farther behind than the question's own limit
+_REACH = 6.0  # log-odds behind the leader beyond which a candidate is no farther from what an answer can bring back
 
 
 class Checkin:
@@ -65,9 +65,9 @@ class Checkin:
 
     def _open(self, evidence: Evidence, p: NDArray[np.float32]) -> NDArray[np.int64]:
         """Return the columns that the request leaves open, most probable first."""
-        behind = distances(self._model.ask, evidence, p)
-        order = np.argsort(behind, kind="stable")
-        return np.asarray(order[behind[order] < self._model.ask.limit], np.int64)
+        likely = rivals(self._model.ask, evidence, p)
+        order = np.argsort(-likely - 1e-3 * p, kind="stable")
+        return np.asarray(order[likely[order] >= self._model.ask.limit], np.int64)
 
     def _shown(self, evidence: Evidence, open_: NDArray[np.int64]) -> list[int]:
         columns = [int(c) for c in open_[:MAX_OPTIONS]]
@@ -91,9 +91,9 @@ class Checkin:
             return np.asarray(picked / picked.sum(), np.float32)
         said = gather(answer, self.cards, self.index, self._encoder)
         added = answer_scores(said, self.index.n_cards)[evidence.places]
-        behind = distances(self._model.ask, evidence, p)
-        reachable = behind < self._model.ask.limit + _REACH
-        score = np.where(reachable, -0.5 * behind + added, -20.0)
+        behind = np.minimum(np.log(p.max() / np.maximum(p, 1e-9)), _REACH)
+        behind[open_] = 0.0  # what was asked about is as likely as the leader
+        score = added - 0.5 * behind
         weights = np.exp(score - score.max())
         return np.asarray(weights / weights.sum(), np.float32)
 

@@ -7,6 +7,7 @@ the vocabulary: itself, and words of near meaning. ``match[t, f, c]`` is how muc
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..card import Card
+from ..card import is_style as is_style_card
 from .encoder import Encoder
+from .gloss import gloss
 from .index import FIELDS, Index
 from .intent import MAX_REQUEST, Intent, families_in, parse_request
 from .words import STOP, edit_distance, fold, grams, split_term, stem, words
@@ -25,7 +28,8 @@ ZONES = ("head", "attribute", "scene")
 NAMES = (
     "head_any", "head_name", "head_class", "head_text", "attribute_any", "scene_any", "scene_style", "source",
     "noun_class", "noun_any", "noun_style", "head_style", "class_meaning", "name_cover", "name_weight", "trigger_common",
-    "dense", "dense_head", "dense_gap", "head_dense_gap", "bm25_share", "head_regret", "all_regret", "name_regret",
+    "dense", "dense_head", "dense_z", "dense_head_z", "dense_rest",
+    "dense_gap", "head_dense_gap", "bm25_share", "head_regret", "all_regret", "name_regret",
     "family", "kind", "style_match", "style_mismatch", "personal_style", "colour_clash", "is_style",
 )  # fmt: skip
 _COLOURS = frozenset(
@@ -57,26 +61,30 @@ class Terms:
 class Evidence:
     """What was found for a shortlist of C cards: places (C,), features (C, len(NAMES)), match (T, F, C).
 
-    ``trigger`` (C,) is 1 for a card whose made-up trigger was said, -1 for the others then, 0 when none was said.
+    ``trigger`` (C,) is 1 for a card whose made-up trigger was said, -1 for the others then, 0 when none was said;
+    classes (C,) number the class nouns.
     """
 
     places: NDArray[np.int64]
     features: Matrix
     trigger: Matrix
     match: Matrix
+    classes: NDArray[np.int32]
     terms: Terms
     intent: Intent
 
 
 def gather(request: str, cards: Sequence[Card], index: Index, encoder: Encoder) -> Evidence:
     """Shortlist cards for a request and describe how each of them fits."""
-    intent = parse_request(respell(request[:MAX_REQUEST], index, encoder))
+    text = gloss(request[:MAX_REQUEST], lambda word: word in index.vocabulary or encoder.is_word(word))
+    intent = parse_request(respell(text, index, encoder))
     words_ = _request_terms(intent, index)
     request_terms = expand(words_, index)
     unknown = _unknown_phrases(words_, request_terms)
-    vectors = encoder.encode([intent.text, intent.head or intent.text, *unknown])
-    add_meanings(request_terms, index, dict(zip(unknown, vectors[2:], strict=True)))
-    dense, dense_head = index.vectors32 @ vectors[0], index.vectors32 @ vectors[1]
+    rest = f"{intent.attribute} {intent.scene}".strip() or intent.text
+    vectors = encoder.encode([intent.text, intent.head or intent.text, rest, *unknown])
+    add_meanings(request_terms, index, dict(zip(unknown, vectors[3:], strict=True)))
+    dense, dense_head, dense_rest = (index.vectors32 @ vector for vector in vectors[:3])
     bm25 = _bm25(request_terms, index)
     rare, common = _trigger_hits(intent, index)
     triggered = np.maximum(rare, 0.3 * common)
@@ -88,6 +96,9 @@ def gather(request: str, cards: Sequence[Card], index: Index, encoder: Encoder) 
         "class_meaning": class_meaning,
         "dense": dense[places],
         "dense_head": dense_head[places],
+        "dense_z": _standing(dense, places),
+        "dense_head_z": _standing(dense_head, places),
+        "dense_rest": _standing(dense_rest, places),
         "dense_gap": dense[places] - dense.max(initial=-1.0),
         "head_dense_gap": dense_head[places] - dense_head.max(initial=-1.0),
         "bm25_share": (bm25[places] / max(bm25.max(initial=0.0), 1e-6)).astype(np.float32),
@@ -95,7 +106,7 @@ def gather(request: str, cards: Sequence[Card], index: Index, encoder: Encoder) 
     }
     trigger = 2 * rare[places] - rare.max(initial=0.0)
     features = np.stack([columns[name] for name in NAMES], axis=1).astype(np.float32)
-    return Evidence(places, features, trigger, match, request_terms, intent)
+    return Evidence(places, features, trigger, match, index.card_class[places], request_terms, intent)
 
 
 def _request_terms(intent: Intent, index: Index) -> list[tuple[str, int]]:
@@ -121,9 +132,8 @@ def respell(text: str, index: Index, encoder: Encoder) -> str:
     """Write words that nobody knows as the words of the cards that they are one or two typos away from."""
     fixed = text
     for word in dict.fromkeys(words(text)):
-        term = split_term(word)[0]
-        is_unknown = len(word) > 3 and term not in index.vocabulary and not encoder.is_word(word)
-        if is_unknown and (right := _spelling(term, index)):
+        is_unknown = len(word) > 3 and split_term(word)[0] not in index.vocabulary and not encoder.is_word(word)
+        if is_unknown and (right := _spelling(word, index)):
             fixed = re.sub(rf"(?i)\b{re.escape(word)}\b", right, fixed)
     return fixed
 
@@ -164,17 +174,26 @@ def add_meanings(found: Terms, index: Index, meaning: dict[str, Matrix]) -> None
 
 
 def _spelling(word: str, index: Index) -> str:
-    """Return the vocabulary word within one typo (two for long words), found through shared character pairs, or ''."""
+    """Return the cards' word within one typo (two in long words), found through shared character pairs, or ''.
+
+    Two typos in a short word are believed only when nearly all letters are still there: a teapot is not a tarot.
+    """
     pairs = [index.gram_ids[g] for g in dict.fromkeys(grams(word)) if g in index.gram_ids]
     if not pairs:
         return ""
     hits = np.concatenate([index.gram_words[index.gram_start[p] : index.gram_start[p + 1]] for p in pairs])
-    shared = np.bincount(hits, minlength=len(index.vocabulary))
-    limit = 1 if len(word) < 6 else 2
-    best = [int(i) for i in np.argsort(-shared, kind="stable")[:40] if shared[i] >= 2 and len(index.terms[i]) > 3]
-    close = [(edit_distance(word, index.terms[i], limit), -int(index.df[i]), index.terms[i]) for i in best]
-    distance, _, right = min(close, default=(limit + 1, 0, ""))
-    return right if distance <= limit else ""
+    shared = np.bincount(hits, minlength=len(index.spelled))
+    best = [index.spelled[int(i)] for i in np.argsort(-shared, kind="stable")[:40] if shared[i] >= 2]
+    close = [(edit_distance(word, other, 2), other[0] != word[0], other) for other in best if _may_be(word, other)]
+    distance, _, right = min(close, default=(3, True, ""))
+    return right if distance <= 2 else ""
+
+
+def _may_be(word: str, other: str) -> bool:
+    if edit_distance(word, other, 1) <= 1:
+        return word[0] == other[0] or len(word) > 5
+    lost = Counter(word) - Counter(other), Counter(other) - Counter(word)
+    return len(word) >= 8 or (len(word) >= 5 and sum(sum(part.values()) for part in lost) <= 1)
 
 
 def _join_neighbours(words_: list[str], expansions: list[dict[int, float]], index: Index) -> None:
@@ -250,6 +269,14 @@ def _match(terms_: Terms, index: Index, places: NDArray[np.int64]) -> Matrix:
     return np.asarray(best.reshape(len(terms_.texts), len(places), n_fields).transpose(0, 2, 1), np.float32)
 
 
+def _standing(cosine: Matrix, places: NDArray[np.int64]) -> Matrix:
+    """Return how many standard deviations above the catalogue's mean each place is (C,)."""
+    return np.asarray(
+        (cosine[places] - cosine.sum() / max(len(cosine), 1)) / ((cosine.std() if len(cosine) else 0.0) + 0.02),
+        np.float32,
+    )
+
+
 def _class_meaning(index: Index, places: NDArray[np.int64], head: Matrix) -> Matrix:
     classes = index.card_class[places]
     if not index.phrases:
@@ -267,7 +294,7 @@ def _columns(
         np.maximum.reduce([name, noun, tags, triggers, text]) if len(match) else np.zeros((0, len(places)), np.float32)
     )
     chosen = [cards[p] for p in places]
-    is_style = np.array([_is_style(card) for card in chosen], np.float32)
+    is_style = np.array([is_style_card(card) for card in chosen], np.float32)
     head, attribute, scene = (terms_.zones == z for z in range(3))
     last = _head_noun(terms_)
     head_any = _cover(anywhere, terms_.weights, head)
@@ -284,7 +311,7 @@ def _columns(
         "attribute_any": _cover(anywhere, terms_.weights, attribute),
         "scene_any": scene_any,
         "scene_style": scene_any * is_style,
-        "source": _cover(np.where(anywhere > 0, 0, source), terms_.weights, head | attribute | scene),
+        "source": (terms_.weights[:, None] * np.where(anywhere > 0, 0, source)).max(0, initial=0.0),
         "noun_class": np.maximum(noun, tags)[last].max(0, initial=0.0) * (1 - is_style),
         "noun_any": anywhere[last].max(0, initial=0.0) * (1 - is_style),
         "noun_style": anywhere[last].max(0, initial=0.0) * is_style,
@@ -301,10 +328,6 @@ def _columns(
         "colour_clash": _colour_clash(terms_, chosen, anywhere),
         "is_style": is_style,
     }
-
-
-def _is_style(card: Card) -> bool:
-    return "style" in words(card.class_noun)
 
 
 def _cover(match: Matrix, weights: Matrix, mask: NDArray[np.bool_]) -> Matrix:

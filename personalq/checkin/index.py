@@ -22,7 +22,7 @@ from .encoder import WIDTH, Encoder
 from .mapped import map_safetensors
 from .words import fold, grams, joined_pairs, split_term, terms, words
 
-VERSION = 1
+VERSION = 2
 FIELDS = ("name", "class", "tags", "triggers", "description", "source")
 _MAX_TERMS = 120  # per field; a card cannot buy attention with length
 
@@ -45,6 +45,7 @@ class Index:
     phrases: dict[str, int]
     phrase_vectors: NDArray[np.float16]
     card_class: NDArray[np.int32]
+    spellings: dict[str, int]
     gram_ids: dict[str, int]
     gram_start: NDArray[np.int64]
     gram_words: NDArray[np.int32]
@@ -60,6 +61,11 @@ class Index:
     def terms(self) -> list[str]:
         """The vocabulary by id."""
         return list(self.vocabulary)
+
+    @functools.cached_property
+    def spelled(self) -> list[str]:
+        """The words that a mistyped word may be, by id: those of names, class nouns, tags and triggers."""
+        return list(self.spellings)
 
     @functools.cached_property
     def phrase_texts(self) -> list[str]:
@@ -114,7 +120,8 @@ def build_index(cards: Sequence[Card], encoder: Encoder, *, digest: str) -> Inde
     seen = [set(t for part in fields[i : i + len(FIELDS)] for t in part) for i in range(0, len(fields), len(FIELDS))]
     df = np.bincount([t for some in seen for t in some], minlength=len(vocabulary)).astype(np.int64)
     phrases = _phrases(cards)
-    gram_ids, gram_start, gram_words = _gram_postings(list(vocabulary))
+    spellings = _spellings(cards)
+    gram_ids, gram_start, gram_words = _gram_postings(list(spellings))
     return Index(
         digest=digest,
         ids=[card.id for card in cards],
@@ -127,6 +134,7 @@ def build_index(cards: Sequence[Card], encoder: Encoder, *, digest: str) -> Inde
         phrases=phrases,
         phrase_vectors=encoder.encode(list(phrases)).astype(np.float16),
         card_class=np.array([phrases.get(_phrase(card.class_noun), -1) for card in cards], np.int32),
+        spellings=spellings,
         gram_ids=gram_ids,
         gram_start=gram_start,
         gram_words=gram_words,
@@ -142,15 +150,17 @@ def _triggers(
     Made up means: it has a word that is not an ordinary one and that only the cards with this trigger use.
     """
     found: dict[str, list[int]] = {}
+    written: dict[str, str] = {}
     for place, card in enumerate(cards):
         for group in card.trigger:
             for phrase in (group, *group.split(",")):
                 key = " ".join(fold(phrase).split())
                 if len(key) > 1 and place not in found.setdefault(key, []):
                     found[key].append(place)
+                    written.setdefault(key, phrase)
 
     def is_made_up(key: str) -> bool:
-        odd = [t for w in words(key) if not encoder.is_word(w) for t in split_term(w)[:1]]
+        odd = [t for w in words(written[key]) if not encoder.is_word(w) for t in split_term(w)[:1]]
         return any(df[vocabulary[t]] <= len(found[key]) for t in odd if t in vocabulary)
 
     return {key: (found[key], is_made_up(key)) for key in sorted(found) if found[key]}
@@ -163,6 +173,13 @@ def _phrase(text: str) -> str:
 def _phrases(cards: Sequence[Card]) -> dict[str, int]:
     texts = {_phrase(text) for card in cards for text in (card.class_noun, *card.tags) if text}
     return {text: i for i, text in enumerate(sorted(t for t in texts if t and len(t) <= 40))}
+
+
+def _spellings(cards: Sequence[Card]) -> dict[str, int]:
+    """Return the words that cards are called by, as they are written; descriptions only describe."""
+    texts = {text for card in cards for text in (card.name, card.class_noun, *card.tags, *card.trigger)}
+    found = {word for text in texts for word in words(text) if len(word) > 3 and not word.isdigit()}
+    return {word: i for i, word in enumerate(sorted(found))}
 
 
 def _gram_postings(vocabulary: list[str]) -> tuple[dict[str, int], NDArray[np.int64], NDArray[np.int32]]:
@@ -178,7 +195,7 @@ def _gram_postings(vocabulary: list[str]) -> tuple[dict[str, int], NDArray[np.in
 _ARRAYS = (
     "df", "field_start", "field_terms", "vectors", "phrase_vectors", "card_class", "gram_start", "gram_words",
 )  # fmt: skip
-_LISTS = ("vocabulary", "phrases", "gram_ids")
+_LISTS = ("vocabulary", "phrases", "spellings", "gram_ids")
 
 
 def save_index(index: Index, folder: Path) -> None:

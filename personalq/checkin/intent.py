@@ -39,6 +39,16 @@ _STYLES = tuple(
     )
 )
 _MEDIUM = re.compile(r"(?P<concept>(?!my\b|our\b)[^,.:;]{2,50}?)\s+of\s+(?P<rest>.+)", re.IGNORECASE | re.DOTALL)
+_PARTITIVE = re.compile(
+    r"^(?:an?|the|some|my|one|two|\s)*(?:\w+\s+){0,2}?(?:bunch|bowl|plate|platter|dish|cup|mug|glass|pile|pair|group|bit|piece|slice|"
+    r"page|bag|box|jar|lot|kind|sort|couple|handful|set|row|stack|crowd|herd|flock|statue|figure)s?\s+of\s+",
+    re.IGNORECASE,
+)
+_LIKE = re.compile(
+    r"^(?P<rest>.{3,}?),?\s+(?:as\s+(?:those|these)|(?:just\s+)?like\s+(?:in\s+)?(?:those|the|my|an?|they)|the\s+way)\s+"
+    r"(?P<concept>.+)",
+    re.IGNORECASE | re.DOTALL,
+)
 _SCENE = re.compile(
     r",|\b(?:in|on|at|near|next to|beside|besides|behind|under|underneath|over|above|inside|outside|into|onto|through|"
     r"around|between|among|against|along|across|during|while|as|from|to|for|by|wearing|dressed|holding|riding|"
@@ -147,7 +157,9 @@ def _kinds(text: str) -> frozenset[str]:
 
 
 def _zones(text: str) -> tuple[str, str, str]:
-    """Split into (head, attribute, scene)."""
+    """Split into (head, attribute, scene). What is done 'like those drawings' is wanted as much as the drawings are."""
+    if _PARTITIVE.match(text):
+        return _subject(text)
     for pattern in (*_STYLES, _MEDIUM):
         match = pattern.match(text)
         if match is None:
@@ -157,6 +169,9 @@ def _zones(text: str) -> tuple[str, str, str]:
             concept, rest = f"{concept} {rest}", ""
         head, attribute, scene = _subject(strip_command(concept))
         return head, attribute, f"{scene} {rest}".strip()
+    if match := _LIKE.match(text):
+        head, attribute, scene = _subject(match["concept"].strip())
+        return head, f"{attribute} {match['rest']}".strip(), scene
     return _subject(text)
 
 

@@ -23,8 +23,9 @@ from .features import NAMES, ZONES, Evidence
 
 Matrix = NDArray[np.float32]
 MODEL = Path(__file__).with_name("model.json")
-NONE_NAMES = (
-    "none_logit", "best_cover", "best_dense", "best_dense_head", "noun_said", "noun_is_class", "unexplained", "trigger",
+RIVAL_NAMES = (
+    "gap", "ahead", "behind", "gap_untied", "tied", "tied_noun", "dense_ahead", "name_ahead", "cover_ahead", "source_ahead",
+    "stated_ahead", "same_class", "same_style", "same_trigger", "leader", "noun_said",
 )  # fmt: skip
 _TIED = 0.12  # weight of words below which two cards account for the same ones
 TRIGGER_SCORE = 4.0  # a made-up trigger that was said decides: its cards gain this, the others lose it
@@ -65,23 +66,18 @@ class Scorer:
 
 @dataclass(frozen=True)
 class AskRule:
-    """Ask when a rival's log-odds distance to the leader plus ``lead_weight`` times its unexplained words is small.
+    """Tells how probably a rival is meant as much as the leader; ask when one reaches ``limit``."""
 
-    Rivals that account for the same words, head noun included, are as good as the leader whatever the retrieval scores
-    say: their distance is multiplied by ``tie_shrink``.
-    """
-
-    lead_weight: float
-    tie_shrink: float
+    rival: Linear
     limit: float
 
 
 @dataclass(frozen=True)
 class Model:
-    """The three fitted parts: which card, whether none fits, whether to ask."""
+    """The fitted parts: which card, how probable "none" must be to refuse, and whether to ask."""
 
     card: Scorer
-    none: Linear
+    none_limit: float
     ask: AskRule
 
 
@@ -93,10 +89,11 @@ def shipped_model() -> Model:
 
 def read_model(data: Mapping[str, Any]) -> Model:
     """Read model.json data; raise CheckinError when it was fitted for other features."""
-    for part, names in (("card", NAMES), ("none", NONE_NAMES)):
+    for part, names in (("card", NAMES), ("rival", RIVAL_NAMES)):
         if tuple(data[part]["features"]) != names:
             raise CheckinError(f"model.json: {part} must be fitted for {', '.join(names)}; run bench/fit_checkin.py")
-    return Model(Scorer(**_arrays(data["card"])), Linear(**_arrays(data["none"])), AskRule(**data["ask"]))
+    ask = AskRule(Linear(**_arrays(data["rival"])), float(data["ask_limit"]))
+    return Model(Scorer(**_arrays(data["card"])), float(data["none_limit"]), ask)
 
 
 def _arrays(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,55 +122,56 @@ def scores(model: Model, evidence: Evidence) -> Matrix:
     return np.asarray(model.card(evidence.features) + TRIGGER_SCORE * evidence.trigger, np.float32)
 
 
-def lead(evidence: Evidence, leader: int) -> Matrix:
-    """Return how much more of what was said the leader explains than each candidate (C,), 0 for the leader.
+def rivals(rule: AskRule, evidence: Evidence, p: Matrix) -> Matrix:
+    """Return how probably each candidate is meant as much as the leader (C,); the leader's own place has 1."""
+    found = 1 / (1 + np.exp(-np.clip(rule.rival(rival_features(evidence, p)), -30, 30)))
+    found[int(p.argmax())] = 1.0
+    return np.asarray(found, np.float32)
 
-    Words count by rarity; a stated base, kind or trigger counts like half a rare word.
+
+def rival_features(evidence: Evidence, p: Matrix) -> Matrix:
+    """Return what tells each candidate from the leader (C, len(RIVAL_NAMES)).
+
+    ``ahead`` is the weight of the words that only the leader accounts for, ``behind`` of those that only the other
+    does. Cards that account for the same words are tied, whatever the retrieval scores say.
     """
-    said = explained(evidence)
-    ahead = np.maximum(said[:, [leader]] - said, 0.0).sum(0) - np.maximum(said - said[:, [leader]], 0.0).sum(0)
-    for column in (*(evidence.features[:, NAMES.index(name)] for name in ("family", "kind")), evidence.trigger):
-        ahead = ahead + 0.5 * (column[leader] - column)
-    return np.asarray(ahead, np.float32)
-
-
-def distances(rule: AskRule, evidence: Evidence, p: Matrix) -> Matrix:
-    """Return how far behind the leader every candidate is (C,): log(p_leader / p) + lead_weight * lead."""
     leader = int(p.argmax())
-    ahead = lead(evidence, leader)
-    gap = np.log(p[leader] / np.maximum(p, 1e-9))
-    noun = np.maximum(evidence.features[:, NAMES.index("noun_any")], evidence.features[:, NAMES.index("noun_style")])
-    is_tied = (ahead < _TIED) & (noun >= 0.5) & (noun[leader] >= 0.5)
-    behind = np.where(is_tied, rule.tie_shrink, 1.0) * gap + rule.lead_weight * np.maximum(ahead, -0.2)
-    behind[leader] = 0.0
-    return np.asarray(behind, np.float32)
+    column = {name: evidence.features[:, i] for i, name in enumerate(NAMES)}
+    said = explained(evidence)
+    ahead = np.maximum(said[:, [leader]] - said, 0.0).sum(0)
+    behind = np.maximum(said - said[:, [leader]], 0.0).sum(0)
+    gap = np.clip(np.log(p[leader] / np.maximum(p, 1e-9)), 0.0, 8.0)
+    noun = np.maximum(column["noun_any"], column["noun_style"])
+    tied = (ahead < _TIED).astype(np.float32)
+    less = {name: values[leader] - values for name, values in column.items()}
+    columns = {
+        "gap": gap,
+        "ahead": ahead,
+        "behind": behind,
+        "gap_untied": gap * (1 - tied),
+        "tied": tied,
+        "tied_noun": tied * np.minimum(noun, noun[leader]),
+        "dense_ahead": less["dense"],
+        "name_ahead": less["name_weight"],
+        "cover_ahead": less["name_cover"],
+        "source_ahead": less["source"],
+        "stated_ahead": less["family"] + less["kind"],
+        "same_class": (evidence.classes == evidence.classes[leader]).astype(np.float32),
+        "same_style": (column["is_style"] == column["is_style"][leader]).astype(np.float32),
+        "same_trigger": evidence.trigger[leader] * (evidence.trigger == evidence.trigger[leader]),
+        "leader": np.full(len(p), p[leader]),
+        "noun_said": np.full(len(p), noun[leader]),
+    }
+    return np.stack([columns[name] for name in RIVAL_NAMES], axis=1).astype(np.float32)
 
 
 def fits_nothing(model: Model, evidence: Evidence, p: Matrix, none: float) -> bool:
     """Tell whether no card is meant. A card that is the thing that was named, word for word, always fits."""
-    if not len(p):
-        return True
-    values = dict(zip(NONE_NAMES, none_features(evidence, p, none), strict=True))
-    is_named = values["noun_is_class"] >= 0.9 and values["unexplained"] < _TIED
-    return not is_named and float(model.none(np.array(list(values.values()), np.float32))) > 0
+    return not len(p) or (none > model.none_limit and not _is_named(evidence, int(p.argmax())))
 
 
-def none_features(evidence: Evidence, p: Matrix, none: float) -> Matrix:
-    """Return the features of the abstain decision: how well the leader does, in absolute terms."""
-    if not len(p):
-        return np.array([6.0] + [0.0] * (len(NONE_NAMES) - 1), np.float32)
-    leader = int(p.argmax())
-    best = dict(zip(NAMES, evidence.features[leader], strict=True))
+def _is_named(evidence: Evidence, leader: int) -> bool:
     head = np.flatnonzero(evidence.terms.zones == 0)
     missing = evidence.terms.weights[head] * (1 - evidence.match[head].max(1, initial=0.0)[:, leader])
-    values = (
-        float(np.clip(np.log((none + 1e-4) / (1 - none + 1e-4)), -6, 6)),
-        best["head_any"],
-        best["dense"],
-        best["dense_head"],
-        best["noun_any"],
-        best["noun_class"],
-        missing.max(initial=0.0),
-        evidence.trigger[leader],
-    )
-    return np.array(values, np.float32)
+    is_class = evidence.features[leader, NAMES.index("noun_class")] >= 0.9
+    return bool(is_class and missing.max(initial=0.0) < _TIED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Set
 
-from ..card import Card
+from ..card import Card, is_style
 from .intent import Intent, parse_request, split_medium, style_parts
 from .words import STOP, fold, stem, terms, words
 
@@ -51,11 +51,6 @@ def prompt_for(request: str, card: Card) -> str:
     """Return the prompt for a card that is already chosen: the words it shares with the request are its own."""
     texts = (card.name, card.class_noun, card.description, *card.tags)
     return rewrite(parse_request(request), card, {word for text in texts for word in terms(text)})
-
-
-def is_style(card: Card) -> bool:
-    """Tell whether a card is a way of drawing rather than a thing."""
-    return "style" in words(card.class_noun)
 
 
 def _has(text: str, phrase: str) -> bool:
