@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from personalq.checkin import Decision
+from personalq.checkin import Decision, ask
 from personalq.checkin.rewrite import prompt_for
 from personalq.errors import CardError, CheckinError, EngineError, PersonalQError, RepositoryError
 from personalq.repository import Repository
@@ -27,6 +27,7 @@ from .process import Drawing, DrawProcess, Event, order
 _KEPT_BYTES, _KEPT_SECONDS = 64 << 20, 600.0
 _PREFETCHED = 2  # most likely engines loaded while a question is open
 _SHOWN_CANDIDATES = 5
+_TOLD = ("bundle", "policy", "unet_bytes", "steps", "batch")
 _STATUS = {"deadline": 504, "worker": 503, "PromptError": 400, "invalid": 400, "BundleError": 500, "EngineError": 500}
 
 
@@ -57,7 +58,7 @@ class Service:
         """Start drawing, and make Check-in's index ready."""
         await self.drawing.start()
         with contextlib.suppress(PersonalQError):  # an empty repository serves its page and says so when it is asked
-            await self.check_in("a photo", ())
+            await asyncio.to_thread(ask, self.repository, "a photo")
 
     async def close(self) -> None:
         self.is_draining = True
@@ -69,8 +70,6 @@ class Service:
 
     async def check_in(self, request: str, answers: tuple[str, ...]) -> Decision:
         """Ask Check-in; while its question is open, the likely engines are loaded. Raises ApiError."""
-        from personalq.checkin import ask
-
         check_length(request, self.options.limits, "prompt")
         for answer in answers:
             check_length(answer, self.options.limits, "answers")
@@ -181,7 +180,7 @@ class Service:
                 if message["event"] == "queued":
                     told |= {"engine": message["engine"], "fallback_reason": message["reason"]}
                 elif message["event"] == "done":
-                    told |= {name: message[name] for name in ("bundle", "steps", "batch")}
+                    told |= {name: message[name] for name in _TOLD}
                     return {**told, "seconds": round(message["seconds"], 4)}, blob
         raise ApiError(503, "worker", "the picture was not drawn; ask again")
 
@@ -209,7 +208,7 @@ class Service:
                         )
                         partial += 1
                     if message["event"] == "done":
-                        told |= {name: message[name] for name in ("bundle", "steps", "batch", "seconds")}
+                        told |= {name: message[name] for name in (*_TOLD, "seconds")}
                         yield image_event("completed", _b64(blob), request.size or "auto", index=index, personalq=told)
 
     def keep(self, png: bytes) -> str:

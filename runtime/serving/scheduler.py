@@ -169,8 +169,19 @@ class Scheduler:
         seconds = time.monotonic() - begun
         for i, job in live.items():
             image = png_bytes(pipeline.decode(last.latents[i]))
-            told = {"event": "done", "id": job.id, "seconds": seconds, "batch": len(jobs), "steps": last.n_steps}
-            self._emit({**told, "bundle": pipeline.manifest.key}, image)
+            told: Message = {
+                "event": "done",
+                "id": job.id,
+                "seconds": seconds,
+                "batch": len(jobs),
+                "steps": last.n_steps,
+            }
+            manifest = pipeline.manifest
+            told |= {
+                "bundle": manifest.key,
+                "policy": " ".join(dict.fromkeys((manifest.spec.policy, manifest.spec.bits))),
+            }
+            self._emit({**told, "unet_bytes": manifest.sizes.unet}, image)
 
     def _is_over(self, job: Job) -> bool:
         if job.id in self._cancelled:
