@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .targets import TARGETS, missing, not_installed
+from .targets import TARGETS, missing
 
 # Package -> the extra that installs it, for what runs or makes bundles.
 EXTRAS = {
@@ -70,7 +70,7 @@ def versions() -> Mapping[str, str]:
 
 
 def _target(name: str) -> Target:
-    reason = not_installed(TARGETS[name]) or missing(name)
+    reason = missing(name)
     return Target(name, available=not reason, reason=reason)
 
 

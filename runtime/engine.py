@@ -77,9 +77,12 @@ class OrtEngine:
         self._encoder = self._open(graphs.text_encoder, threads, ["input_ids"], ["last_hidden_state"])
         rows_inputs = ["text_embeds", "kept_index"] if form == "split" else ["text_embeds"]
         self._rows = self._open(graphs.text_rows, threads, rows_inputs, ROWS_OUTPUTS[form])
-        inputs = ["sample", "timestep", *UNET_INPUTS[form]]
-        self._unet = self._open(unet_file(self.manifest), threads, inputs, ["noise_pred"])
+        self._unet = self._open_unet(threads)
         self._decoder = self._open(graphs.vae_decoder, threads, ["latent"], ["image"])
+
+    def _open_unet(self, threads: int | None) -> Session:
+        inputs = ["sample", "timestep", *UNET_INPUTS[self.manifest.rows.form]]
+        return self._open(unet_file(self.manifest), threads, inputs, ["noise_pred"])
 
     def _open(self, file: str, threads: int | None, inputs: Sequence[str], outputs: Sequence[str]) -> Session:
         session = open_session(inside(self.bundle, file), threads)
@@ -108,7 +111,12 @@ class OrtEngine:
 
 
 # Engine -> the module and class that open it; each module imports its own package when a bundle is opened.
-ENGINES = {"onnxruntime": (".engine", "OrtEngine"), "openvino": (".openvino_engine", "OpenVinoEngine")}
+ENGINES = {
+    "onnxruntime": (".engine", "OrtEngine"),
+    "openvino": (".openvino_engine", "OpenVinoEngine"),
+    "tensorrt": (".tensorrt_engine", "TensorRtEngine"),
+    "tensorrt-rtx": (".tensorrt_engine", "TensorRtRtxEngine"),
+}
 
 
 def open_engine(name: str, bundle: Path, threads: int | None = None) -> Engine:

@@ -11,7 +11,7 @@ from pathlib import Path
 from personalq.bundle import MANIFEST
 from personalq.errors import EngineError
 
-from .targets import FALLBACK, TARGETS, TITLES, missing
+from .targets import FALLBACK, TARGETS, TITLES, misfit, missing
 
 BUNDLES = "bundles"
 REFERENCE_POLICIES = ("fp32", "fp16")  # unquantised bundles: served only when nothing smaller exists
@@ -62,7 +62,7 @@ class Store:
             raise EngineError(
                 f"{checkpoint_id}: must have a bundle, got none{unread}: run 'personalq export {checkpoint_id}'"
             )
-        lack = "" if target == FALLBACK else missing(target)
+        lack = "" if target == FALLBACK else missing(target) or misfit(bundles[0], target)
         if lack:
             return Found(bundles[0], FALLBACK, f"{lack}; running {TITLES[FALLBACK]} on the CPU")
         return Found(bundles[0], target)

@@ -1,12 +1,12 @@
 """Where bundles can run: each target's package, and why a target cannot be served here. Imports no engine."""
 
 from importlib.util import find_spec
-
-from .engine import ENGINES
+from pathlib import Path
 
 # Target -> the module its engine needs. TensorRT for RTX comes as a package of its own.
 TARGETS = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 FALLBACK = "onnxruntime"
+NEEDS_PLAN = ("tensorrt", "tensorrt-rtx")  # built by an exporter; the others open a bundle as it is
 TITLES = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
@@ -19,9 +19,16 @@ _EXTRAS = {"onnxruntime": "cpu", "openvino": "openvino", "tensorrt": "tensorrt"}
 
 def missing(target: str) -> str:
     """Why no engine of this target can run here, and what to do; '' when one can."""
-    if target not in ENGINES:
-        return f"this version has no {TITLES[target]} engine"
     return not_installed(TARGETS[target])
+
+
+def misfit(bundle: Path, target: str) -> str:
+    """Why a bundle has nothing for this target that runs here; '' when it has, or none is needed."""
+    if target not in NEEDS_PLAN:
+        return ""
+    from .tensorrt_engine import fits_here
+
+    return fits_here(bundle, target)
 
 
 def not_installed(module: str) -> str:

@@ -50,7 +50,7 @@ def browse(page: Any, out: Path) -> None:
     page.click("nav [data-view=repository]")
     for count in range(1, 9):
         page.locator(".sheet button").first.click()
-        page.wait_for_function(f"document.querySelectorAll('.sheet.is-four').length == {count}")
+        page.locator(".sheet.is-four").nth(count - 1).wait_for()
     page.screenshot(path=out / "page_repository.png")
     page.click("nav [data-view=engines]")
     page.wait_for_selector("#resident tr")

@@ -60,7 +60,7 @@ def test_the_seed_decides_the_picture(repository: Repository, tmp_path: Path) ->
 def test_another_target_falls_back_with_its_reason(repository: Repository, tmp_path: Path) -> None:
     order = Order("moss-mug", "tensorrt", settings=Settings(steps=1))
     made = generate(repository, "sks mug", tmp_path / "a.png", order)
-    assert made.engine == "onnxruntime" and "no TensorRT engine" in made.fallback_reason
+    assert made.engine == "onnxruntime" and "tensorrt is not installed" in made.fallback_reason
 
 
 def test_an_open_question_is_the_error(repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

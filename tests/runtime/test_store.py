@@ -31,11 +31,18 @@ def test_the_latest_quantised_bundle_comes_first_and_the_reference_last(reposito
     assert (found.bundle.name, found.engine_name, found.fallback_reason) == ("new", "onnxruntime", "")
 
 
-@pytest.mark.parametrize(("target", "name"), [("tensorrt", "TensorRT"), ("tensorrt-rtx", "TensorRT for RTX")])
-def test_targets_without_engine_fall_back_and_say_why(repository: Path, target: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "how"),
+    [("tensorrt", "run: pip install 'personalq[tensorrt]'"), ("tensorrt-rtx", "install NVIDIA's tensorrt_rtx package")],
+)
+def test_gpu_targets_fall_back_without_their_package_and_say_why(
+    repository: Path, target: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "find_spec", lambda name: None)
     found = find(repository, "moss-mug", target)
     assert found.engine_name == "onnxruntime"
-    assert found.fallback_reason == f"this version has no {name} engine; running ONNX Runtime on the CPU"
+    module = target.replace("-", "_")
+    assert found.fallback_reason == f"{module} is not installed; {how}; running ONNX Runtime on the CPU"
 
 
 def test_openvino_is_taken_where_it_is_installed(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
