@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.commands import TARGETS, drawing_options, serving_options
+from runtime.commands import drawing_options, exporting_options, serving_options
 from runtime.console import Commands, Result, each_line, progress, reports, start_logging
 from runtime.gate.command import verify_command
 
@@ -152,17 +152,20 @@ def calibrate(id_: str, policy: str, bits: str, budget_mb: float | None, page: P
 
 @cli.command()
 @click.argument("id_", metavar="ID")
-@click.option("--spec", type=PATH, help="Default: the spec that 'calibrate' wrote last.")
-@click.option("--target", "targets", type=TARGETS, multiple=True, default=["onnxruntime"], show_default=True)
+@exporting_options
 @reports
-def export(id_: str, spec: Path | None, targets: tuple[str, ...]) -> Result:
-    """Export a checkpoint under a spec into a bundle."""
+def export(
+    id_: str, spec: Path | None, targets: tuple[str, ...], settings: tuple[str, ...], lint: str | None
+) -> Result:
+    """Export a checkpoint under a spec into a bundle, and build its engines."""
     repository = opened()
     repository.checkpoint_dir(id_)
-    from exporters.request import export_request
+    from exporters.request import export_request, lint_result
 
     with progress() as report:
-        made = export_request(repository, id_, spec, targets, report)
+        made = export_request(repository, id_, spec, targets, report, settings)
+    if lint:
+        return Result(*lint_result(made))
     return Result({**asdict(made), "bundle": str(made.bundle)})
 
 

@@ -37,7 +37,9 @@ from personalq.spec import REFERENCE, SpecFile, read_spec
 
 from .family import Family, open_family
 from .lower_ort import STORAGE, Lowered, lower_unet, store_floats
+from .lower_trt import lower_unet_trt
 from .rows_pass import emit_storage_form
+from .share import write_sharing_graph
 from .store import write_graph
 from .tokenizer import write_tokenizer
 from .weights import CheckpointWeights, open_weights
@@ -147,6 +149,8 @@ def write_bundle(job: Job) -> None:
     job.progress("quantising the UNet")
     lowered = lower_unet(job.family.graph("unet"), job.spec_file)
     write_graph(lowered.model, lowered.tensors, unet.read, job.folder / "unet.ort.onnx", "weights.data")
+    trt = lower_unet_trt(job.family.graph("unet"), job.spec_file)
+    write_sharing_graph(trt.model, trt.tensors, unet.read, job.folder / "unet.trt.onnx", lowered.model)
     job.progress("writing text rows, text encoder, VAE decoder")
     rows = job.family.graph("text_rows")
     if not spec.is_float:
@@ -174,7 +178,7 @@ def write_bundle(job: Job) -> None:
             name=spec.name, policy=spec.policy, bits=spec.bits, sha256=job.parts["spec"], storage=spec.storage
         ),
         graphs=Graphs(
-            unet={"ort": "unet.ort.onnx"},
+            unet={"ort": "unet.ort.onnx", "trt": "unet.trt.onnx"},
             text_rows="text_rows.onnx",
             text_encoder="text_encoder.onnx",
             vae_decoder="vae_decoder.onnx",

@@ -144,13 +144,7 @@ class _Layer:
         With per-channel scales in the DequantizeLinear the RTX builder writes a matrix product in float16 *before* the
         channel scale, value / scale, which does not fit; and a convolution in float32. This way both are float16, and fit.
         """
-        scale = self._constant(unit, "weight_scale")
-        zero = self.build.constant(np.array(0, np.int8))
-        if self.decision.weight == "int4":
-            one = self.build.constant(np.array(1, self.type))
-            whole = self.build("DequantizeLinear", weight, one)
-            weight = self.build("QuantizeLinear", whole, one, zero)
-        node.replace_input_with(1, self.build("DequantizeLinear", weight, scale, zero))
+        node.replace_input_with(1, self._integers(weight, unit))
         side = (-1, 1, 1) if self.layer.op == "conv" else (-1,)
         factor = self._constant((self.scale / unit).reshape(side), "weight_scale")
         bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -163,6 +157,16 @@ class _Layer:
             result = self.build("Add", result, self.build("Unsqueeze", bias, sides))
         for reader, index in readers:
             reader.replace_input_with(index, result)
+
+    def _integers(self, weight: ir.Value, unit: np.float32) -> ir.Value:
+        """The weight as int8 times unit. 4-bit weights become int8 on the way, doubled: the builder refuses int4 with one
+        scale under int8 activations, and a Dequantize and a Quantize of the same scale, which cancel out."""
+        zero = self.build.constant(np.array(0, np.int8))
+        if self.decision.weight == "int4":
+            two, one = (self.build.constant(np.array(value, self.type)) for value in (2, 1))
+            whole = self.build("DequantizeLinear", weight, two)
+            weight, unit = self.build("QuantizeLinear", whole, one, zero), unit / np.float32(2)
+        return self.build("DequantizeLinear", weight, self._constant(unit, "weight_scale"), zero)
 
     def _weight_only(self, weight: ir.Value, shape: tuple[int, ...]) -> ir.Value:
         """Integers at rest, float products. 4-bit Linear weights get their scale in blocks along K, shorter than K."""

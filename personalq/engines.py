@@ -84,15 +84,25 @@ def check_engine(kept: KeptEngine) -> None:
         raise EngineError(f"{kept.path}: bytes differ from the sha256 in its manifest; {cure}")
 
 
-def keep_engine(bundle: Path, parts: Mapping[str, str], name: str, data: bytes | memoryview) -> KeptEngine:
-    """Publish an engine file whole, in place of one that is there. Raises RepositoryError."""
+def keep_engine(
+    bundle: Path,
+    parts: Mapping[str, str],
+    name: str,
+    data: bytes | memoryview,
+    notes: Mapping[str, bytes] | None = None,
+) -> KeptEngine:
+    """Publish an engine file whole, in place of one that is there. Raises RepositoryError.
+
+    notes: further files about it, by name; no engine needs them to run.
+    """
     key = engine_key(parts)
     folder = bundle / ENGINES / key
     manifest = EngineManifest(
         key=key, parts=dict(parts), file=name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data)
     )
     with atomic_directory(folder, replace=True) as place:
-        _write(place / name, data)
+        for file, content in {name: data, **(notes or {})}.items():
+            _write(place / file, content)
         (place / MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
     return KeptEngine(folder / name, manifest)
 

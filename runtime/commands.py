@@ -1,4 +1,4 @@
-"""The options of the commands that draw and serve, and the values they become. It knows click, not engines."""
+"""The options of the commands that export, draw and serve, and the values they become. It knows click, not engines."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +19,12 @@ _DRAWING = (
         "--sampler", default="ddim", show_default=True, help="ddim, euler, euler_a, dpmpp_2m[_karras] or lcm."
     ),
 )
+_EXPORTING = (
+    click.option("--spec", type=_FILE, help="Default: the spec that 'calibrate' wrote last."),
+    click.option("--target", "targets", type=TARGETS, multiple=True, default=["onnxruntime"], show_default=True),
+    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of a TensorRT plan: docs/tensorrt.md."),
+    click.option("--lint", type=click.Choice(["trt"]), help="Say what a TensorRT builder would not take."),
+)
 _SERVING = (
     click.option("--host", default="127.0.0.1", show_default=True),
     click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True),
@@ -30,6 +36,11 @@ _SERVING = (
 )
 
 Command = Callable[..., Any]
+
+
+def exporting_options(command: Command) -> Command:
+    """Give a command the options of `personalq export`."""
+    return _with(_EXPORTING, command)
 
 
 def drawing_options(command: Command) -> Command:

@@ -152,19 +152,39 @@ def int8_blocks(view: View) -> Iterator[Problem]:
 
 
 def int4_under_int8(view: View) -> Iterator[Problem]:
-    """'Myelin operand.h: is_constant' for blocks, 'cudnn_impl.cpp: dtype == W.type()' for convolutions."""
+    """Only a MatMul takes int4 under int8 activations as it is, and only with one scale per channel."""
     for node in view.nodes("Conv", "MatMul", "Gemm"):
         weight, activation = view.weight(node), view.activation(node)
         if weight is None or weight.dequantize is None or weight.is_requantised or activation is None:
             continue
         if view.type(weight.value) != D.INT4:
             continue
-        scale = view.shape(weight.dequantize.inputs[1])
-        is_blocked = scale is not None and len(scale) > 1
-        if node.op_type == "Conv" or is_blocked:
-            what = "convolution weights" if node.op_type == "Conv" else "weights in blocks"
-            fix = "requantise them: DequantizeLinear, QuantizeLinear to int8, DequantizeLinear"
-            yield str(node.name), f"int4 {what} cannot stand under int8 activations", fix
+        rank = len(view.shape(weight.dequantize.inputs[1]) or ())
+        if node.op_type == "Conv" or rank != 1:
+            of = (
+                "convolution weights"
+                if node.op_type == "Conv"
+                else "weights in blocks"
+                if rank
+                else "weights of one scale"
+            )
+            fix = "requantise them: DequantizeLinear by 2, QuantizeLinear by 1 to int8, DequantizeLinear by half the scale"
+            yield str(node.name), f"int4 {of} cannot stand under int8 activations", fix
+
+
+def cancelled_pairs(view: View) -> Iterator[Problem]:
+    """'Mismatched type, i8 vs. expected type: int4': Dequantize and Quantize of one scale are taken out together."""
+    for node in view.nodes("QuantizeLinear"):
+        before = view.producer(node.inputs[0], "DequantizeLinear")
+        if before is None or view.type(before.inputs[0]) != D.INT4:
+            continue
+        scales = [view.constant(one.inputs[1]) for one in (before, node)]
+        if scales[0] is not None and scales[1] is not None and np.array_equal(scales[0], scales[1]):
+            yield (
+                str(node.name),
+                "int4 is requantised with the scale it has: the pair cancels out",
+                "use twice the scale",
+            )
 
 
 def quantised_uses(view: View) -> Iterator[Problem]:

@@ -30,6 +30,7 @@ ERRORS: dict[str, Rule] = {
     "block-length": quantisation.block_lengths,
     "block-int8": quantisation.int8_blocks,
     "int4-under-int8": quantisation.int4_under_int8,
+    "int4-cancelled": quantisation.cancelled_pairs,
     "quantised-use": quantisation.quantised_uses,
     "four-bit-count": quantisation.odd_counts,
     "uint4": operators.uint4,

@@ -141,6 +141,17 @@ def blocks_under_int8(g: Graph) -> None:
     product(g, g.pair("x"), g.weight(scale=np.full((4, N), 0.1), dtype=int4, axis=0, block_size=16))
 
 
+def int4_of_one_scale(g: Graph) -> None:
+    product(g, g.pair("x"), g.weight(dtype=int4))
+
+
+def cancelled(g: Graph) -> None:
+    one, zero = g.scale(1), g.zero()
+    whole = g.op("DequantizeLinear", g.constant("w.weight", np.ones((K, N)), int4), one)
+    integers = g.op("QuantizeLinear", whole, one, zero, name="again")
+    product(g, g.pair("x"), g.op("DequantizeLinear", integers, g.scale(0.1), zero))
+
+
 def int4_convolution(g: Graph) -> None:
     convolution(g, g.pair("image"), g.weight((C, C, 3, 3), dtype=int4))
 
@@ -278,6 +289,8 @@ BROKEN = [
     ("block-int8", int8_block, "expand", "no int8 in blocks"),
     ("int4-under-int8", blocks_under_int8, "layer", "weights in blocks cannot stand"),
     ("int4-under-int8", int4_convolution, "layer", "convolution weights cannot stand"),
+    ("int4-under-int8", int4_of_one_scale, "layer", "weights of one scale cannot stand"),
+    ("int4-cancelled", cancelled, "again", "cancels out"),
     ("quantised-use", cast_constant, "w", "may only enter DequantizeLinear, got Cast"),
     ("quantised-use", arithmetic_on_integers, "integers", "Add computes on INT8"),
     ("four-bit-count", odd_count, "w", "even number of values, got 25"),

@@ -1,12 +1,13 @@
 """Which spec and which targets an export means."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from exporters.request import export_request, last_spec
-from personalq.errors import EngineError, SpecError
+from personalq.errors import EngineError, PersonalQError, SpecError
 from personalq.repository import Repository
 
 
@@ -35,5 +36,21 @@ def test_no_spec_says_what_to_run(tmp_path: Path) -> None:
 
 
 def test_a_target_that_this_version_cannot_make_is_refused_first(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"must be one that this version makes \(onnxruntime\), got 'tensorrt'"):
-        export_request(Repository(tmp_path), "me/dog", None, ["onnxruntime", "tensorrt"])
+    with pytest.raises(EngineError, match=r"makes \(onnxruntime, tensorrt, tensorrt-rtx\), got 'coreml'; leave it out"):
+        export_request(Repository(tmp_path), "me/dog", None, ["onnxruntime", "coreml"])
+
+
+@pytest.mark.parametrize(
+    ("target", "package", "message"),
+    [
+        ("tensorrt", "tensorrt", r"^tensorrt is not installed; run: pip install 'personalq\[tensorrt\]'$"),
+        ("tensorrt-rtx", "tensorrt_rtx", r"^tensorrt_rtx is not installed; install NVIDIA's package 'tensorrt_rtx'"),
+    ],
+)
+def test_a_builder_that_is_not_installed_is_one_line_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, package: str, message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(PersonalQError, match=message):
+        export_request(Repository(tmp_path), "me/dog", None, [target])
+    assert list(tmp_path.iterdir()) == []
