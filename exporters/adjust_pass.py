@@ -11,23 +11,25 @@ from .store import StoredTensor
 Array = npt.NDArray[np.generic]
 
 
-def balance(build: Builder, layer: LayerNode, vector: Array) -> ir.Value:
-    """The layer's input divided by `vector` (C_in,): channels last for a Linear, NCHW for a Conv."""
+def balance(build: Builder, layer: LayerNode, vector: Array, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+    """The layer's input divided by `vector` (C_in,): channels last for a Linear, NCHW for a Conv. dtype: the graph's."""
     shape = (1, -1, 1, 1) if layer.op == "conv" else (-1,)
-    inverse = (1 / np.asarray(vector, np.float32)).reshape(shape)
+    inverse = (1 / np.asarray(vector, np.float32)).reshape(shape).astype(dtype.numpy())
     return build("Mul", layer.node.inputs[0], build.constant(inverse))
 
 
-def add_low_rank(build: Builder, layer: LayerNode, down: Array, up: Array) -> list[StoredTensor]:
+def add_low_rank(
+    build: Builder, layer: LayerNode, down: Array, up: Array, dtype: ir.DataType = ir.DataType.FLOAT
+) -> list[StoredTensor]:
     """y -> y + (x @ down) @ up for a Linear's MatMul; x as it was before any quantiser. Returns what to store, FP16.
 
-    down: (K, r), up: (r, N). Call it before the input is replaced.
+    down: (K, r), up: (r, N). dtype: the graph's float type. Call it before the input is replaced.
     """
     stored, x = [], layer.node.inputs[0]
     for part, matrix in (("low_rank_down", down), ("low_rank_up", up)):
         name, half = f"{layer.name}.{part}", np.asarray(matrix, np.float16)
         value = add_initializer(build.graph, name, ir.tensor(half, name=name))
-        x = build("MatMul", x, build("Cast", value, to=ir.DataType.FLOAT))
+        x = build("MatMul", x, value if dtype == ir.DataType.FLOAT16 else build("Cast", value, to=dtype))
         stored.append(
             StoredTensor(name, f"{layer.name}.weight", ir.DataType.FLOAT16, half.shape, lambda _, half=half: half)
         )

@@ -5,6 +5,8 @@ for RTX 1.7.1: docs/tensorrt.md): symmetric constant scales in the type of their
 attention left alone. The node of every layer bears the layer's name, so that a builder's report can be held against the spec.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -12,6 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from personalq.errors import SpecError
 from personalq.spec import LayerSpec, SpecFile
 
+from .adjust_pass import add_low_rank, balance, correct_prediction
 from .census import count, layer_kinds, require_equal
 from .half_pass import HALF, to_half
 from .layers_pass import LayerNode, find_layers, split_gemms
@@ -54,9 +57,12 @@ def lower_unet_trt(model: ir.Model, spec_file: SpecFile) -> Lowered:
             lowered.unquantised[name] = decision.reason
             continue
         quantise = _Layer(Builder(model.graph, name), layer, decision, spec_file.tensors, dtype)
-        lowered.tensors.append(quantise.run(quantised, units.get(name)))
+        lowered.tensors += quantise.run(quantised, units.get(name))
+    if spec.corrected:  # float32, after the float16 prediction
+        correct_prediction(model, spec_file.tensors["correction.gain"], spec_file.tensors["correction.mean"])
     RemoveUnusedNodesPass()(model)
-    lowered.tensors += _floats(model, {tensor.name for tensor in lowered.tensors}, dtype)
+    floats = _floats(model, {tensor.name for tensor in lowered.tensors}, dtype)
+    lowered.tensors += [_tuned(tensor, spec_file) for tensor in floats]
     model.graph.sort()
     require_equal(model, spec.layers, "trt")
     lowered.census = count(layer_kinds(model).values())
@@ -76,7 +82,7 @@ def _units(layers: dict[str, LayerNode], spec_file: SpecFile) -> dict[str, np.fl
 
     A power of two so that float16 holds it exactly; shared so that to_q, to_k and to_v can become one product.
     """
-    tensors, largest = spec_file.tensors, dict[tuple[ir.Value, float], float]()
+    tensors, largest = spec_file.tensors, dict[tuple[ir.Value, float, str], float]()
     keys = {}
     for name, layer in layers.items():
         decision = spec_file.spec.layers[name]
@@ -86,7 +92,8 @@ def _units(layers: dict[str, LayerNode], spec_file: SpecFile) -> dict[str, np.fl
             raise SpecError(
                 f"{name}: group must be none where activations are int8, got {decision.group}; leave it out"
             )
-        keys[name] = key = (layer.node.inputs[0], float(tensors[f"{name}.input_scale"]))
+        own = name if decision.balanced else ""  # a balanced layer has an input of its own
+        keys[name] = key = (layer.node.inputs[0], float(tensors[f"{name}.input_scale"]), own)
         largest[key] = max(largest.get(key, 0.0), float(np.max(tensors[f"{name}.weight_scale"])))
     return {name: np.float32(2.0 ** np.ceil(np.log2(largest[key]))) for name, key in keys.items()}
 
@@ -98,27 +105,39 @@ class _Layer:
         self, build: Builder, layer: LayerNode, decision: LayerSpec, tensors: dict[str, Array], dtype: ir.DataType
     ) -> None:
         self.build, self.layer, self.decision, self.tensors = build, layer, decision, tensors
-        self.type = np.float16 if dtype == HALF else np.float32
+        self.dtype, self.type = dtype, np.float16 if dtype == HALF else np.float32
         self.scale = np.asarray(tensors[f"{layer.name}.weight_scale"], np.float32)
 
-    def run(self, quantised: Quantised, unit: np.float32 | None) -> StoredTensor:
-        """Put Q/DQ around the layer; return its integers, to be stored."""
+    def run(self, quantised: Quantised, unit: np.float32 | None) -> list[StoredTensor]:
+        """Put Q/DQ around the layer; return what is to be stored: its integers, and a low-rank branch if it has one."""
         node, decision = self.layer.node, self.decision
         if decision.group is not None and decision.rounding != "stored":
             raise SpecError(
                 f"{self.layer.name}: rounding must be 'stored' for a weight in blocks, got {decision.rounding!r}; "
                 "calibrate again"
             )
+        branch = self._adjust()
         stored = integer_weight(self.layer, self.decision, self.tensors)
         weight = add_initializer(self.build.graph, stored.name, ir.tensor(np.zeros(1, np.int8), name=stored.name))
         weight.type = ir.TensorType(stored.dtype)
         if unit is None:
             node.replace_input_with(1, self._weight_only(weight, stored.shape))
-            return stored
+            return [stored, *branch]
         scale = self._constant(np.float32(self.tensors[f"{self.layer.name}.input_scale"]), "input_scale")
         node.replace_input_with(0, self._input(node.inputs[0], scale, quantised))
         self._product(node, weight, unit)
-        return stored
+        return [stored, *branch]
+
+    def _adjust(self) -> list[StoredTensor]:
+        """A low-rank branch over the input as it is, then the balanced input."""
+        name, branch = self.layer.name, []
+        if self.decision.low_rank:
+            parts = (self.tensors[f"{name}.{part}"] for part in ("low_rank_down", "low_rank_up"))
+            branch = add_low_rank(self.build, self.layer, *parts, self.dtype)
+        if self.decision.balanced:
+            vector = self.tensors[f"{name}.input_balance"]
+            self.layer.node.replace_input_with(0, balance(self.build, self.layer, vector, self.dtype))
+        return branch
 
     def _constant(self, value: Array, what: str) -> ir.Value:
         """A scale in the graph's type; float16 must hold it as a number above 0."""
@@ -180,6 +199,14 @@ class _Layer:
             scale = np.repeat(scale.reshape(-1, 1), k // block, axis=1)
         blocks = self._constant(np.ascontiguousarray(scale.T), "weight_scale")
         return self.build("DequantizeLinear", weight, blocks, axis=0, block_size=block)
+
+
+def _tuned(tensor: StoredTensor, spec_file: SpecFile) -> StoredTensor:
+    """The tensor with the spec's values in place of the checkpoint's, in its own type, where calibration tuned it."""
+    if tensor.name not in spec_file.spec.tuned:
+        return tensor
+    values = spec_file.tensors[f"{tensor.name}.tuned"].astype(tensor.dtype.numpy())
+    return replace(tensor, convert=lambda _: values)
 
 
 def _block(k: int) -> int:

@@ -25,7 +25,7 @@ from exporters.store import write_graph
 from exporters.weights import open_weights
 from personalq.bundle import read_manifest
 from personalq.errors import SpecError
-from personalq.numerics import INT4, absmax_scale, dequantize, quantize
+from personalq.numerics import INT4, INT8, absmax_scale, dequantize, quantize
 from personalq.spec import SpecFile, read_spec
 
 W8A8, W4A8, FP16 = "taq-w8a8", "taq-w4a8", "fp16"
@@ -42,12 +42,16 @@ def lowerings(exported, tmp_path_factory):
     made = {}
     for name, spec_file in specs.items():
         folder = tmp_path_factory.mktemp(name)
-        first = lower_unet(family(repository).graph("unet"), spec_file)
-        write_graph(first.model, first.tensors, weights.read, folder / "unet.ort.onnx", "weights.data")
-        second = lower_unet_trt(family(repository).graph("unet"), spec_file)
-        write_sharing_graph(second.model, second.tensors, weights.read, folder / "unet.trt.onnx", first.model)
+        write_both(spec_file, family(repository), weights, folder)
         made[name] = (spec_file, folder)
     return made
+
+
+def write_both(spec_file: SpecFile, of, weights, folder: Path) -> None:
+    """unet.ort.onnx, weights.data, unet.trt.onnx."""
+    first, second = lower_unet(of.graph("unet"), spec_file), lower_unet_trt(of.graph("unet"), spec_file)
+    write_graph(first.model, first.tensors, weights.read, folder / "unet.ort.onnx", "weights.data")
+    write_sharing_graph(second.model, second.tensors, weights.read, folder / "unet.trt.onnx", first.model)
 
 
 def spec_path(repository, name: str) -> Path:
@@ -188,8 +192,7 @@ def test_the_graph_computes_what_diffusers_computed(exported, lowerings, name, d
     golden = load_file(bundle / "golden.safetensors")["noise_pred"][:1]
     found = graph.run(None, feed(bundle, graph))[0]
     assert found.dtype == np.float32
-    noise = float(((golden - found) ** 2).sum())
-    assert 10 * np.log10(float((golden**2).sum()) / noise) > db
+    assert decibels(golden, found) > db
 
 
 def test_products_of_integers_fit_float16_whatever_the_input(lowerings):
@@ -244,6 +247,38 @@ def test_four_bit_weights_alone_are_scaled_in_blocks_shorter_than_k(exported, tm
     found = integers.astype(np.int8).astype(np.float32) * np.repeat(scales.astype(np.float32), block, 0)
     error = np.abs(found.T - np.asarray(weights.read(f"{LINEAR}.weight"), np.float32))
     assert (error <= np.repeat(scales.astype(np.float32), block, 0).T * 0.51).all()
+
+
+def test_what_a_spec_adds_around_the_integers_is_in_both_lowerings(exported, lowerings, tmp_path):
+    """A balanced input, a low-rank branch, a tuned bias, a corrected prediction: both graphs compute the same."""
+    repository, results = exported
+    spec_file, weights = lowerings[W8A8][0], unet_weights(repository)
+    random, layers, tensors = np.random.default_rng(0), dict(spec_file.spec.layers), dict(spec_file.tensors)
+    weight = np.asarray(weights.read(f"{LINEAR}.weight"), np.float32)
+    vector = random.uniform(0.5, 2, weight.shape[1]).astype(np.float32)
+    tensors[f"{LINEAR}.input_balance"] = vector
+    tensors[f"{LINEAR}.weight_scale"] = scale = absmax_scale(weight * vector, INT8, 0)
+    tensors[f"{LINEAR}.weight_q"] = quantize(weight * vector, scale, INT8, 0)
+    tensors[f"{LINEAR}.low_rank_down"] = random.standard_normal((weight.shape[1], 4)).astype(np.float16)
+    tensors[f"{LINEAR}.low_rank_up"] = random.standard_normal((4, weight.shape[0])).astype(np.float16)
+    tensors["conv_in.bias.tuned"] = np.full(len(weights.read("conv_in.bias")), 0.25, np.float32)
+    tensors["correction.gain"] = np.full(10, 0.5, np.float32)
+    tensors["correction.mean"] = np.full((10, 4), 0.125, np.float32)
+    layers[LINEAR] = layers[LINEAR].model_copy(update={"balanced": True, "low_rank": 4, "rounding": "stored"})
+    update = {"layers": layers, "tuned": ("conv_in.bias",), "corrected": True}
+    changed = SpecFile(spec_file.spec.model_copy(update=update), tensors)
+    write_both(changed, family(repository), weights, tmp_path)
+    assert lint_trt(tmp_path / "unet.trt.onnx") == []
+    assert initializers(tmp_path, "trt")["conv_in.bias"].tolist() == [0.25] * len(tensors["conv_in.bias.tuned"])
+    graphs = [session(tmp_path / f"unet.{name}.onnx") for name in ("ort", "trt")]
+    first, second = (graph.run(None, feed(results["taq"].bundle, graph))[0] for graph in graphs)
+    plain = session(lowerings[W8A8][1] / "unet.trt.onnx")
+    before = plain.run(None, feed(results["taq"].bundle, plain))[0]
+    assert decibels(first, second) > 15 > 5 > decibels(first, before)
+
+
+def decibels(reference: np.ndarray, found: np.ndarray) -> float:
+    return 10 * float(np.log10((reference**2).sum() / ((reference - found) ** 2).sum()))
 
 
 def test_a_scale_that_float16_cannot_hold_is_refused_with_the_layers_name(exported):
