@@ -28,6 +28,7 @@ from personalq.numerics import psnr_db
 
 METRICS = ("psnr_db", "ssim", "concept", "prompt")
 LARGEST_DB = 60.0  # stands for "equal" in means
+TIME_BINS = 5
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def measure_checkpoint(plan: Plan, checkpoint_id: str) -> list[dict[str, Any]]:
             shared = gather(repository, repository.card(checkpoint_id), CalibrateOptions())
         made = export(repository, checkpoint_id, policy, shared)
         images = np.concatenate(list(draw(made["bundle"], prompts, plan.seeds)))
+        if policy == "fp32":
+            path = trajectory(made["bundle"], prompts[:4])
         reference = images if reference is None else reference
         pictures = {
             "psnr_db": [min(psnr_db(r, i, peak=255), LARGEST_DB) for r, i in zip(reference, images, strict=True)],
@@ -64,17 +67,21 @@ def measure_checkpoint(plan: Plan, checkpoint_id: str) -> list[dict[str, Any]]:
             "prompt": judge.prompt_score(images, [p for p in prompts for _ in range(plan.seeds)]).tolist(),
         }
         means = {name: float(np.mean(values)) for name, values in pictures.items()}
-        rows.append({"checkpoint": checkpoint_id, "policy": policy, **made["facts"], **means, "pictures": pictures})
+        noise = {"noise_error": noise_error(made["bundle"], path)}
+        rows.append(
+            {"checkpoint": checkpoint_id, "policy": policy, **made["facts"], **means, **noise, "pictures": pictures}
+        )
     return rows
 
 
 def export(repository: Any, checkpoint_id: str, policy: str, evidence: Any = None) -> dict[str, Any]:
-    """Calibrate and export one checkpoint under '<policy>-<bits>' or 'fp32'; policies share the evidence."""
+    """Calibrate and export one checkpoint under '<policy>-<bits>[@MB]' or 'fp32'; policies share the evidence."""
     from calibration.calibrate import CalibrateOptions, calibrate
     from exporters.export import export_checkpoint
 
-    name, bits = (policy, "w8a8") if policy == "fp32" else policy.rsplit("-", 1)
-    options = CalibrateOptions(policy=name, bits=bits)
+    name, bits = (policy, "w8a8") if policy == "fp32" else policy.partition("@")[0].rsplit("-", 1)
+    budget = policy.partition("@")[2]
+    options = CalibrateOptions(policy=name, bits=bits, budget_bytes=int(float(budget) * 1e6) if budget else None)
     spec = calibrate(repository, checkpoint_id, options, evidence=None if policy == "fp32" else evidence)
     result = export_checkpoint(repository, checkpoint_id, spec.spec_path)
     facts = {
@@ -87,15 +94,90 @@ def export(repository: Any, checkpoint_id: str, policy: str, evidence: Any = Non
     return {"bundle": result.bundle, "facts": facts}
 
 
-def draw(bundle: Path, prompts: list[str], seeds: int) -> Iterator[np.ndarray]:
-    """(1,H,W,3) uint8 pictures, prompt by prompt and seed by seed."""
+def plot(rows: list[dict[str, Any]], metric: str, file: Path) -> None:
+    """Quality against bytes, one line a policy through its widths; PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    points: dict[str, list[tuple[float, float]]] = {}
+    for policy in dict.fromkeys(row["policy"] for row in rows if row["policy"] != "fp32"):
+        chosen = [row for row in rows if row["policy"] == policy]
+        at = float(np.mean([row["bytes"] / row["bytes_fp32"] for row in chosen]))
+        points.setdefault(policy.rsplit("-", 1)[0], []).append((at, float(np.mean([row[metric] for row in chosen]))))
+    for name, where in points.items():
+        axes.plot(*zip(*sorted(where), strict=True), marker="o", label=name, lw=2.4 if name == "taq" else 1.1)
+    exact = [row[metric] for row in rows if row["policy"] == "fp32"]
+    if metric != "psnr_db":
+        axes.axhline(float(np.mean(exact)), color="gray", ls=":", label="fp32")
+    axes.set_xlabel("UNet on disk, share of FP32")
+    axes.set_ylabel({"psnr_db": "PSNR to FP32, dB", "concept": "concept score"}.get(metric, metric))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(file, dpi=110)
+
+
+def opened(bundle: Path) -> Any:
+    """A pipeline over the bundle, one thread."""
     from runtime.engine import OrtEngine
     from runtime.pipeline import Pipeline
 
-    pipeline = Pipeline(OrtEngine(bundle, threads=1))
+    return Pipeline(OrtEngine(bundle, threads=1))
+
+
+def draw(bundle: Path, prompts: list[str], seeds: int) -> Iterator[np.ndarray]:
+    """(seeds,H,W,3) uint8 pictures, prompt by prompt; the seeds of a prompt are one batch."""
+    from runtime.pipeline import Picture
+
+    pipeline = opened(bundle)
     for prompt in prompts:
-        for seed in range(seeds):
-            yield pipeline.image(prompt, seed=seed)[None]
+        steps = pipeline.denoise([Picture(prompt, seed=seed) for seed in range(seeds)])
+        *_, last = steps
+        yield np.stack([pipeline.decode(latents) for latents in last.latents])
+
+
+@dataclass(frozen=True)
+class Point:
+    """One step of the FP32 picture: prompt, latents (4,h,w), time step, guided prediction."""
+
+    prompt: str
+    latents: np.ndarray
+    timestep: float
+    prediction: np.ndarray
+
+
+def trajectory(bundle: Path, prompts: list[str], every: int = 3) -> list[Point]:
+    """Points of the FP32 pictures of these prompts (seed 0), every third step."""
+    from runtime.pipeline import Picture, start_noise
+
+    pipeline, points = opened(bundle), []
+    for prompt in prompts:
+        steps = list(pipeline.denoise([Picture(prompt, seed=0)]))
+        starts = [start_noise(0, steps[0].latents.shape[1:]), *(step.latents[0] for step in steps)]
+        for start, step in list(zip(starts, steps, strict=False))[::every]:
+            said = predict_at(pipeline, prompt, start, step.timestep)
+            points.append(Point(prompt, start, step.timestep, said))
+    return points
+
+
+def predict_at(pipeline: Any, prompt: str, latents: np.ndarray, timestep: float) -> np.ndarray:
+    """The guided prediction (4,h,w) at these latents."""
+    halves = [pipeline.rows("").conditioning, pipeline.rows(prompt).conditioning]
+    conditioning = {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
+    denoiser = pipeline.engine.denoiser(conditioning, *latents.shape[1:])
+    uncond, cond = denoiser(np.stack([latents, latents]), float(timestep))
+    return np.asarray(uncond + pipeline.manifest.guidance * (cond - uncond))
+
+
+def noise_error(bundle: Path, points: list[Point]) -> list[float]:
+    """Relative squared error of the guided prediction at these points, one number per time-step bin (late to early)."""
+    pipeline = opened(bundle)
+    bins: list[list[float]] = [[] for _ in range(TIME_BINS)]
+    for point in points:
+        gap = predict_at(pipeline, point.prompt, point.latents, point.timestep) - point.prediction
+        number = min(int(point.timestep * TIME_BINS / 1000), TIME_BINS - 1)
+        bins[number].append(float((gap**2).sum() / (point.prediction**2).sum()))
+    return [float(np.mean(part)) if part else 0.0 for part in bins]
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
@@ -182,6 +264,8 @@ def main(
         "machine": f"{platform.machine()} {platform.system()}",
         "versions": {name: version(name) for name in ("onnxruntime", "torch", "diffusers")},
     }
+    for metric in ("psnr_db", "concept") if out else ():
+        plot(rows, metric, out.with_name(f"{out.stem}_{metric.removesuffix('_db')}.png"))
     if out:
         out.write_text(json.dumps(summary, indent=1) + "\n")
     click.echo(json.dumps(summary))

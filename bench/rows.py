@@ -62,7 +62,7 @@ def measure(repository: Any, checkpoint_id: str, qtype: QType, prompts: int, see
     from gallery.concepts import evaluation_prompts, reference_images
     from gallery.judge import Judge
     from runtime.engine import OrtEngine
-    from runtime.pipeline import Pipeline, PromptRows
+    from runtime.pipeline import Picture, Pipeline, PromptRows
 
     bundle, judge = export(repository, checkpoint_id, "fp32")["bundle"], Judge.load()
     pipeline = Pipeline(OrtEngine(bundle, threads=1))
@@ -81,7 +81,8 @@ def measure(repository: Any, checkpoint_id: str, qtype: QType, prompts: int, see
             return PromptRows({"rows": worse}, positions, found.text_embeds)
 
         pipeline.rows = rows  # type: ignore[method-assign]
-        return np.stack([pipeline.image(prompt, seed=seed) for prompt in wanted for seed in range(seeds)])
+        *_, last = pipeline.denoise([Picture(prompt, seed=seed) for prompt in wanted for seed in range(seeds)])
+        return np.stack([pipeline.decode(latents) for latents in last.latents])
 
     reference = pictures(None, ())
     for name, kept in choices(trigger).items():

@@ -17,7 +17,7 @@ from .balance import balanced_hessian, low_rank, shortcut, skip_channels, smooth
 from .evidence import LARGEST_HESSIAN, Evidence
 from .finish import correct, tune_decisions
 from .gptq import gptq
-from .policies import POLICIES, Rule
+from .policies import POLICIES, Rule, no_rows
 from .statistics import LayerRanges
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -52,9 +52,21 @@ def rule_of(policy: str) -> Rule:
 
 
 def decide(evidence: Evidence, rule: Rule, bits: str, budget_bytes: int | None = None) -> Decisions:
-    """Widths, scales and integers of every layer. Raises SpecError for an unknown width or a budget that cannot be met."""
+    """Widths, scales and integers of every layer; policies that differ in their rows alone share them.
+
+    Raises SpecError for an unknown width or a budget that cannot be met.
+    """
     if bits not in BITS:
         raise SpecError(f"bits: must be one of {', '.join(BITS)}, got {bits!r}")
+    key = (replace(rule, source="", keep_rows=no_rows), bits, budget_bytes)
+    if key not in evidence.decided:
+        evidence.decided[key] = decide_layers(evidence, rule, bits, budget_bytes)
+    found: Decisions = evidence.decided[key]
+    return found
+
+
+def decide_layers(evidence: Evidence, rule: Rule, bits: str, budget_bytes: int | None) -> Decisions:
+    """`decide`, computed."""
     ranges = evidence.seen.layers
     widths = dict.fromkeys(ranges, BITS[bits])
     if budget_bytes is not None:

@@ -62,6 +62,7 @@ class Evidence:
     """pipe: the FP32 pipeline with the delta loaded; the parts below are computed once.
 
     saved: where an observation is kept between runs. checkpoint_sha256: of the weights that are loaded.
+    decided: what policies made of it so far (calibration.decide).
     """
 
     pipe: StableDiffusionPipeline
@@ -69,6 +70,7 @@ class Evidence:
     progress: Progress = field(default=lambda text, done: None)
     saved: Path | None = None
     checkpoint_sha256: str = ""
+    decided: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
     def key(self) -> str:

@@ -26,6 +26,11 @@ class Tokens:
 KeepRows = Callable[[Tokens, RowStatistics], tuple[KeptTokens, dict[str, str]]]
 
 
+def no_rows(tokens: Tokens, rows: RowStatistics) -> tuple[KeptTokens, dict[str, str]]:
+    """Keep nothing."""
+    return KeptTokens(), {}
+
+
 @dataclass(frozen=True)
 class Rule:
     """How a policy finds scales, rounds, spends a byte budget and keeps rows.
@@ -40,7 +45,7 @@ class Rule:
     activation_scale: str = "mse"
     rounding: str = "nearest"
     weighting: str = "plain"
-    keep_rows: KeepRows = lambda tokens, rows: (KeptTokens(), {})
+    keep_rows: KeepRows = no_rows
     keep_float: Callable[[str], str] = lambda name: ""
     balance: str = ""
     time_weights: tuple[float, ...] = EVEN
