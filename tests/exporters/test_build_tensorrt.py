@@ -1,6 +1,7 @@
 """TensorRT plans: what can be chosen, what is in a plan's key, how an engine is held against its spec; on a GPU, the build."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,11 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from exporters.build_settings import BuildSettings, input_shapes, read_settings
+from exporters.build_settings import READERS, BuildSettings, input_shapes, read_settings
 from exporters.build_tensorrt import GRAPH, build_plan, compute_capability, plan_parts
 from exporters.census import LayerKind
 from exporters.engine_layers import from_aot, from_inspector, mismatches, table
+from exporters.lint.rules import ERRORS, WARNINGS
 from exporters.refit import find_donor, sample_feed
 from personalq.bundle import read_manifest
 from personalq.engines import check_engine, engine_key, keep_engine
@@ -172,6 +174,25 @@ def test_an_inspector_that_says_too_little_is_one_line(text, message):
 def test_a_report_without_an_engine_is_one_line():
     with pytest.raises(EngineError, match="engine report: must hold a built engine, got result 'parse refused'"):
         from_aot({"result": "parse refused"})
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "tensorrt.md"
+
+
+def test_the_docs_name_every_setting_and_every_rule():
+    named = set(re.findall(r"`([a-z0-9_-]+)`", DOCS.read_text()))
+    assert set(READERS) <= named
+    assert {*ERRORS, *WARNINGS, "hardware-type"} <= named
+
+
+def test_every_export_command_in_the_docs_is_understood():
+    from cli import cli
+
+    lines = [line.split() for line in DOCS.read_text().splitlines() if line.startswith("personalq export ")]
+    assert len(lines) == 4
+    for words in lines:
+        context = cli.commands["export"].make_context("export", words[2:])
+        read_settings(context.params["settings"])
 
 
 def _on_a_gpu() -> None:
