@@ -1,5 +1,6 @@
 # make demo    a request becomes a picture, compressed beside uncompressed, in demo-out/
 # make test    the tests                    make lint    ruff and mypy
+# make gate    two gallery checkpoints against gallery/gate/baselines.json
 # make check   lint, then tests             make clean   what the others made, .venv too
 #
 # Each of them makes .venv with PYTHON (3.11 or newer) and installs what constraints.txt names, once.
@@ -17,7 +18,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 STAMP := .venv/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test lint check clean install
+.PHONY: demo test lint gate check clean install
 .DEFAULT_GOAL := check
 
 demo: install
@@ -30,6 +31,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+gate: install
+	$(TEST_ENV) $(BIN)/python -m gallery.gate
 
 check: lint test
 

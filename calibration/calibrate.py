@@ -22,7 +22,7 @@ from .evidence import Evidence, Recipe
 from .model import load_pipeline, quantisable_layers
 from .policies import Tokens
 from .prompts import calibration_prompts, prompts_sha256
-from .reference import write_reference
+from .reference import is_current, write_reference
 from .report import report_html
 from .saved import NAME as STATISTICS
 from .statistics import LayerRanges
@@ -82,9 +82,10 @@ def calibrate(
     evidence = evidence or gather(repository, card, options, progress)
     folder = repository.root / "specs" / folder_name(card.id)
     reference = folder / REFERENCE
-    if not reference.is_file():
+    if not is_current(reference, evidence.checkpoint_sha256):
         progress("running the FP32 reference", 0.0)
-        write_reference(evidence.pipe, card, reference, **sampling_defaults(repository.base_dir(card)))
+        defaults = sampling_defaults(repository.base_dir(card))
+        write_reference(evidence.pipe, card, reference, **defaults, checkpoint_sha256=evidence.checkpoint_sha256)
     spec_file, kept = build_spec(repository, card, evidence, options)
     path = spec_file.write(folder / f"{spec_file.spec.name}.json")
     if options.report is not None and options.policy not in FLOAT_POLICIES:

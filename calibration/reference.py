@@ -51,7 +51,7 @@ def is_current(path: Path, checkpoint_sha256: str) -> bool:
 
 
 def write_reference(
-    pipe: StableDiffusionPipeline, card: Card, path: Path, *, steps: int, guidance: float, checkpoint_sha256: str = ""
+    pipe: StableDiffusionPipeline, card: Card, path: Path, *, steps: int, guidance: float, checkpoint_sha256: str
 ) -> None:
     """Run every part of the pipeline in FP32 and write inputs and outputs to `path` (safetensors, atomically)."""
     prompts = golden_prompts(card)

@@ -35,6 +35,7 @@ def verify_command(opened: "Callable[[], Repository]", open_weights: "Callable[[
     @click.option("--html", type=PATH, help="Also write one self-contained page.")
     @click.option("--against", default="", help="Compare every output with this target's, e.g. openvino.")
     @click.option("--pictures", default=4, show_default=True, help="Pairs beyond the goldens', with an FP32 bundle.")
+    @click.option("--threads", type=click.IntRange(min=1), help="For one operator. Default: every core.")
     @click.option("--judge", default="", help="MODULE:FUNCTION that gives a judge for a checkpoint's id.")
     @reports
     def verify(**asked: Any) -> Result:

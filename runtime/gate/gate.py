@@ -14,7 +14,7 @@ from ..engine import one_line
 from . import LEVELS, integrity, kernels, numerics, obedience
 from . import baseline as baselines
 from .check import Check, Pictures, Report, failed, headline, reason_of
-from .localise import localise
+from .localise import BLAMED, Fell, localise
 from .pictures import images
 from .subject import Sources, Subject
 from .targets import cross_target
@@ -50,6 +50,7 @@ class Options:
 
     level: the last one to run. extra_pictures: pairs beyond the goldens', where Sources has an unquantised bundle.
     baseline: file to compare with, or to write an entry of (update). against: another target to compare outputs with.
+    blame: name the layer that moved first when numbers fail (a dozen more looks at the UNet).
     """
 
     threads: int | None = None
@@ -58,6 +59,7 @@ class Options:
     baseline: Path | None = None
     update: bool = False
     against: str = ""
+    blame: bool = True
 
 
 def verify_bundle(bundle: Path, threads: int | None = None) -> Report:
@@ -137,11 +139,15 @@ class Run:
             found = baselines.compare(entry, subject.manifest, subject.prompts, measured)
             self.before, known, fell = entry.layers, entry.decisions, found.fell
             yield from found.checks
-            self.checks += localise(subject, list(found.checks), fell, known)
-        elif any(check.level == "numerics" and not check.passed for check in self.checks):
-            self.checks += localise(subject, self.checks, (), {})
+            self._blame(found.checks, fell, known)
+        self._blame([check for check in self.checks if check.level == "numerics"], (), {})
         if file is not None and self.options.update:
             yield from self._update(file)
+
+    def _blame(self, checks: Sequence[Check], fell: Fell, known: dict[str, str]) -> None:
+        """Say once which layer moved first."""
+        if self.options.blame and not any(check.name == BLAMED for check in self.checks):
+            self.checks += localise(self.subject, checks, fell, known)
 
     def _update(self, file: Path) -> Iterator[Check]:
         """Write the entry of a bundle that passes; one that fails is not accepted."""

@@ -70,7 +70,8 @@ def kernels(subject: Subject) -> Iterator[Check]:
     linears = _count(census, "linear", lambda weight, _: weight != "float")
     attentions = 2 * len(subject.manifest.rows.layers)  # a block attends to itself and to the text
     float_convs = _count(census, "conv") - convs
-    float_linears = _count(census, "linear") - linears + 2 * attentions  # Q.K^T and .V of each
+    branches = sum(name.endswith(".low_rank_up") for name in subject.unet.tensors)  # two float products each
+    float_linears = _count(census, "linear") - linears + 2 * attentions + 2 * branches  # attention: Q.K^T and .V
     yield equal("conv layers on integer kernels", sum(ran[kind] for kind in CONV_KERNELS), convs)
     yield equal("linear layers on integer kernels", sum(ran[kind] for kind in LINEAR_KERNELS), linears)
     yield at_most("float conv kernels", sum(ran[kind] for kind in FLOAT_CONV_KERNELS), float_convs)

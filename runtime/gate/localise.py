@@ -7,6 +7,7 @@ from .subject import Subject
 from .swap import bisect
 
 Fell = Sequence[tuple[str, float, float]]
+BLAMED = "layer that moved first"
 LEAST_GAIN_DB = 1.0  # a layer whose floats give back less is one of many
 
 
@@ -35,4 +36,4 @@ def localise(subject: Subject, checks: Sequence[Check], fell: Fell, known: dict[
         whose = "its floats" if culprit.layer == layer else f"floats in {culprit.layer}"
         parts.append(f"{whose} give the noise prediction {culprit.gain_db:+.1f} dB")
     gain = culprit.gain_db if culprit is not None else 0.0
-    return [Check("layer that moved first", gain, LEAST_GAIN_DB, False, "; ".join(parts), "numerics", layer)]
+    return [Check(BLAMED, gain, LEAST_GAIN_DB, False, "; ".join(parts), "numerics", layer)]

@@ -158,11 +158,12 @@ def _stored_problem(
     """[] when the tensor is as it must be, or is no tensor of the checkpoint."""
     if "." not in tensor.name:
         return []
+    stored = tensor.read()
+    given = tensors.get(tensor.name, tensors.get(f"{tensor.name}.tuned"))  # values that the spec itself brings
     try:
-        weight = read(tensor.name)
+        weight = read(tensor.name) if given is None else given
     except PersonalQError:
         return []  # a constant of the graph, made by a pass: named like its layer, '<layer>_1'
-    stored = tensor.read()
     if decision is not None and decision.weight != "float":
         layer = tensor.name.removesuffix(".weight")
         qtype, scale = QTYPES[decision.weight], tensors[f"{layer}.weight_scale"]

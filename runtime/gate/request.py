@@ -33,6 +33,7 @@ class Request:
     against: str = ""
     pictures: int = 4
     judge: str = ""
+    threads: int | None = None
     junit: Path | None = None
     markdown: Path | None = None
     html: Path | None = None
@@ -55,6 +56,7 @@ def answer(request: Request, opened: Callable[[], Repository], open_weights: Cal
     if request.update_baseline and file is None:
         file = default_file(repository.root) if repository is not None else folder.with_suffix(".baselines.json")
     options = Options(
+        threads=request.threads,
         level=request.level,
         extra_pictures=request.pictures,
         baseline=file,

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from personalq.bundle import inside
 from personalq.numerics import snr_db
 
 from ..engine import open_session, unet_file
 from .obedience import LayerInGraph
-from .onnxfile import Node, appended, cut_off, new_initializer, new_node
+from .onnxfile import Array, Node, appended, cut_off, new_initializer, new_node
 from .subject import Subject
 
 LARGEST_MODEL = 1_500_000_000  # bytes; protobuf ends at 2 GB
@@ -56,7 +57,7 @@ def with_floats(subject: Subject, layers: Sequence[str]) -> bytes:
         layer = LayerInGraph(graph, name)
         if layer.weight_dq is None or layer.node is None:
             continue
-        weight = read("unet", f"{name}.weight").astype(np.float32)
+        weight = unquantised(read("unet", f"{name}.weight"), name, subject.spec_file.tensors)
         stored = weight if layer.node.op == "Conv" else weight.T
         replace(layer.weight_dq, new_initializer(layer.weight_dq.outputs[0], np.ascontiguousarray(stored)))
         if layer.input_dq is not None:
@@ -66,6 +67,17 @@ def with_floats(subject: Subject, layers: Sequence[str]) -> bytes:
             for node in graph.readers[layer.output_q.outputs[0]]:
                 replace(node, new_node("Identity", [layer.node.outputs[0]], node.outputs[0]))
     return appended(bytes(data), parts)
+
+
+def unquantised(weight: Array, name: str, tensors: dict[str, Array]) -> npt.NDArray[np.float32]:
+    """What the integers of a layer stand for: its weight, for a balanced input, without its low-rank branch."""
+    found = weight.astype(np.float32)
+    balance = tensors.get(f"{name}.input_balance", np.ones(found.shape[1], np.float32))
+    found = found * balance.reshape(1, -1, *[1] * (found.ndim - 2))
+    if f"{name}.low_rank_up" in tensors:
+        down, up = (tensors[f"{name}.low_rank_{part}"].astype(np.float32) for part in ("down", "up"))
+        found = found - ((down * balance[:, None]) @ up).T
+    return np.asarray(found, np.float32)
 
 
 def bisect(subject: Subject) -> Culprit | None:

@@ -71,13 +71,21 @@ def layer_output(graph: Graph, name: str) -> str:
     if found.node is None:
         raise BundleError(f"{name}: must be a layer of the graph, got none that reads its weight; export again")
     value = found.node.outputs[0]
-    for reader in graph.readers.get(value, []):
-        if reader.op == "Add" and f"{name}.bias" in reader.inputs:
-            value = reader.outputs[0]
+    for added in (_low_rank(graph, name), f"{name}.bias"):
+        adds = [reader for reader in graph.readers.get(value, []) if reader.op == "Add" and added in reader.inputs]
+        value = adds[0].outputs[0] if adds else value
     if found.output_q is not None:
         (dequantised, *_) = graph.readers[found.output_q.outputs[0]]
         value = dequantised.outputs[0]
     return value
+
+
+def _low_rank(graph: Graph, name: str) -> str:
+    """The product that a layer's low-rank branch adds to it, '' when it has none."""
+    readers = graph.readers.get(f"{name}.low_rank_up", [])
+    if readers and readers[0].op == "Cast":
+        readers = graph.readers.get(readers[0].outputs[0], [])
+    return readers[0].outputs[0] if readers else ""
 
 
 def _block_output(graph: Graph, name: str, layers: dict[str, str]) -> str:

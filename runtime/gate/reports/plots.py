@@ -13,7 +13,7 @@ Images = npt.NDArray[np.uint8]
 # A dark-to-bright ramp that people with any colour vision read in order (viridis at 0, 1/4, 1/2, 3/4, 1).
 _RAMP = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.float64)
 FULL_SCALE = 64  # of 255: the difference that is drawn brightest
-WIDTH, HEIGHT, LEFT, BOTTOM = 1080, 240, 44, 46
+WIDTH, HEIGHT, LEFT, BOTTOM = 1080, 230, 44, 30
 
 
 def png(image: Images) -> str:
@@ -72,7 +72,7 @@ def _grid(low: float, top: float) -> list[str]:
         y = round(8 + (top - value) / (top - low) * (HEIGHT - BOTTOM - 8), 1)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{value:.0f}</text>')
-    return [*parts, f'<text x="4" y="{HEIGHT - 4}">dB</text>']
+    return [*parts, f'<text x="4" y="{HEIGHT - BOTTOM + 18}">dB</text>']
 
 
 def _groups(names: Sequence[str], x_of: Callable[[int], float]) -> list[str]:

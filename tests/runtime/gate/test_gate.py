@@ -183,3 +183,31 @@ def test_limits_loosen_with_fewer_bits_and_each_has_a_reason() -> None:
         values = [getattr(limits, field) for limits in order]
         assert values == sorted(values, reverse=True)
     assert all(limits.reason for limits in order)
+
+
+def test_a_kept_row_one_place_too_late_is_caught_where_no_number_would_tell(copied: Path) -> None:
+    from bench._faults import Case, inject
+
+    inject("trigger index shifted", Case(None, "moss-mug", copied, copied))  # type: ignore[arg-type]
+    found = failures(verify_bundle(copied, threads=1))
+    assert "kept rows: prompts in which a slot and its place differ" in found
+
+
+def test_a_quantiser_before_attention_is_found_in_the_graph(copied: Path, reseal: Any) -> None:
+    """Kept rows rounded to int8 on their way, with a scale fine enough that no number would tell."""
+    import onnx
+
+    model = onnx.load(copied / "unet.ort.onnx")
+    cast = next(node for node in model.graph.node if node.op_type == "Cast" and node.input[0] == "kept")
+    value, kinds = cast.output[0], onnx.helper
+    cast.output[0] = "as_float"
+    scale = onnx.numpy_helper.from_array(np.array(0.05, np.float32), "s")
+    model.graph.initializer.extend([scale, onnx.numpy_helper.from_array(np.array(0, np.int8), "z")])
+    at = list(model.graph.node).index(cast) + 1
+    model.graph.node.insert(at, kinds.make_node("DequantizeLinear", ["q", "s", "z"], [value], name="dq"))
+    model.graph.node.insert(at, kinds.make_node("QuantizeLinear", ["as_float", "s", "z"], ["q"], name="the_rounder"))
+    onnx.save(model, copied / "unet.ort.onnx")
+    reseal(copied)
+    found = failures(verify_bundle(copied, threads=1))
+    reason = "unet: the_rounder (QuantizeLinear) stands between 'kept' and attention; export again"
+    assert found["kept rows: quantisers on their way"] == reason

@@ -1,0 +1,57 @@
+"""Every fault of the library is caught on a real, small export, and the same export without a fault passes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bench._faults import FAULTS, NEEDS_INT4, Case, export_with, inject, with_int4
+from personalq.spec import read_spec
+from runtime.gate.gate import Options, run_gate
+from tests.bench.conftest import Tiny
+
+OPTIONS = Options(threads=1, level="numerics", blame=False)
+
+
+@pytest.fixture(scope="module")
+def four_bits(tiny: Tiny) -> Path:
+    """rex with two Linear layers at 4 bits."""
+    spec_file = read_spec(tiny.bundle / "spec.json")
+    linear = [name for name, layer in spec_file.spec.layers.items() if layer.op == "linear"]
+    made = with_int4(tiny.repository, "rex", spec_file, linear[3:5])
+    made.spec = made.spec.model_copy(update={"name": "gate-int4"})
+    return export_with(tiny.repository, "rex", made)
+
+
+def test_bundles_without_a_fault_pass(tiny: Tiny, four_bits: Path) -> None:
+    for bundle in (tiny.bundle, four_bits):
+        report = run_gate(bundle, OPTIONS, tiny.sources)
+        assert report.passed, report.headline
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_caught(fault: str, tiny: Tiny, four_bits: Path, tmp_path: Path) -> None:
+    source = four_bits if fault in NEEDS_INT4 else tiny.bundle
+    folder = Path(shutil.copytree(source, tmp_path / "bundle"))
+    inject(fault, Case(tiny.repository, "rex", folder, tiny.other))
+    report = run_gate(folder, OPTIONS, tiny.sources)
+    assert not report.passed
+    assert "files intact" not in {check.name for check in report.failed}
+
+
+# What names the layer, and what the first line must say; the other faults have no single layer.
+NAMED = {
+    "scale x1.1": "weight_scale: must be the spec's bit for bit, got 1.1 times it",
+    "zero point off by one": "weight_scale: zero point must be 0, got 1",
+    "two channels swapped": "must be the spec's arithmetic",
+    "bias dropped": ".bias: must be the spec's arithmetic",
+    "wrong row kept": "rows.kept.trigger: must be ids of sks",
+}
+
+
+@pytest.mark.parametrize("fault", NAMED)
+def test_the_first_line_says_what_is_wrong(fault: str, tiny: Tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny.bundle, tmp_path / "bundle"))
+    inject(fault, Case(tiny.repository, "rex", folder, tiny.other))
+    report = run_gate(folder, Options(threads=1, level="obedience"), tiny.sources)
+    assert NAMED[fault] in report.headline
