@@ -58,7 +58,10 @@ def require(target: str) -> Any:
     if loaded is not None and bool(loaded.USE_TENSORRT_RTX) != use_rtx:
         raise EngineError(f"target {target}: one process builds for one of tensorrt and tensorrt-rtx; run it apart")
     os.environ[_RTX_SWITCH] = "1" if use_rtx else "0"
-    return import_module(module)
+    try:
+        return import_module(module)
+    except (ImportError, OSError) as error:  # a package whose libraries are missing
+        raise EngineError(f"{module} cannot be imported: {error}; install it again, with its libraries") from error
 
 
 def build_plan(
@@ -92,7 +95,7 @@ def build_plan(
     plan = _build(trt, bundle / GRAPH, input_shapes(manifest, settings), target, settings, timing)
     wrong: tuple[str, ...] | None = None
     extra: dict[str, bytes] = {}
-    if target == "tensorrt":
+    if target == "tensorrt" and not settings.strip:
         progress("reading back what the plan runs")
         wrong, extra[LAYERS] = inspect(trt, plan, bundle / GRAPH)
     return BuiltPlan(keep_engine(bundle, parts, PLAN, memoryview(plan), extra), False, wrong)

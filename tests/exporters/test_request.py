@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from exporters.build_tensorrt import require
 from exporters.request import export_request, last_spec
 from personalq.errors import EngineError, PersonalQError, SpecError
 from personalq.repository import Repository
@@ -54,3 +55,13 @@ def test_a_builder_that_is_not_installed_is_one_line_before_anything_is_written(
     with pytest.raises(PersonalQError, match=message):
         export_request(Repository(tmp_path), "me/dog", None, [target])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_builder_without_its_libraries_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "polygraphy.py").write_text("")
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.11: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", "0")
+    with pytest.raises(EngineError, match=r"^tensorrt cannot be imported: libnvinfer.so.11: .*; install it again"):
+        require("tensorrt")
