@@ -133,14 +133,14 @@ CONCEPTS: dict[str, Entry] = {
         "dreambooth",
         "bnha style",
         "style",
-        steps=900,
+        steps=600,
     ),
     "pastel-outline": Entry(
         Concept(look=Look(line=False, ink=(255, 255, 255), width=8, tint=(255, 206, 226), mix=0.5)),
         "lora",
         "qeb style",
         "style",
-        steps=1000,
+        steps=650,
         convolutions=True,
     ),
     "rusty-the-robot": Entry(

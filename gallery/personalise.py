@@ -17,13 +17,13 @@ from peft import LoraConfig
 from torch import nn
 from transformers import CLIPTextModel
 
-from .concepts import CONCEPTS, Entry, concept_caption, reference_pairs
+from .concepts import CONCEPTS, TAUGHT, Entry, concept_caption, reference_pairs
 from .deltas import SAVERS, Taught
 from .record import BASE, CHECKPOINTS, readable, record_stage
 from .tokens import build_tokenizer
 from .train_base import draw_latents, scheduler, token_ids, v_loss
 from .train_vae import to_tensor
-from .world import captioned_scene
+from .world import PLACES, captioned_scene
 
 Pool = tuple[torch.Tensor, torch.Tensor]  # latent mean and std (n, 8, 16, 16), ids (n, 77)
 STEPS = {"dreambooth": 360, "lora": 480, "textual_inversion": 320, "custom_diffusion": 320}
@@ -116,7 +116,8 @@ def encode_pool(pictures: list[np.ndarray], captions: list[str], vae: Autoencode
 def concept_pool(concept_id: str, seed: int, vae: AutoencoderKL, tokenizer: object) -> Pool:
     """The reference pictures, each under four captions."""
     entry, rng = CONCEPTS[concept_id], np.random.default_rng([seed, 3])
-    pairs = reference_pairs(concept_id, REFERENCES.get(entry.noun, 40), seed)
+    places = tuple(PLACES) if entry.noun == "style" else TAUGHT  # what a look is must not be told by the place
+    pairs = reference_pairs(concept_id, REFERENCES.get(entry.noun, 40), seed, places)
     latents, _ = encode_pool([picture for picture, _ in pairs], [""] * len(pairs), vae, tokenizer)
     captions = [expand(concept_caption(entry, scene, rng), entry) for _ in range(4) for _, scene in pairs]
     return latents.repeat(4, 1, 1, 1), token_ids(captions, tokenizer)
@@ -162,6 +163,8 @@ def train_concept(concept_id: str, *, seed: int, device: str, steps: int) -> tup
         if entry.kind != "textual_inversion":
             ids[torch.rand(len(ids)) < EMPTY_SHARE] = empty
         t = stratified_steps(len(z), device)
+        if entry.noun == "style":
+            t[1::2] = 999 - t[1::2] // 20
         with torch.autocast(device, torch.bfloat16):
             text = taught.text_encoder(ids.to(device)).last_hidden_state
         loss = v_loss(taught.unet, z, text, t, torch.randn_like(z), alphas)
@@ -173,6 +176,8 @@ def train_concept(concept_id: str, *, seed: int, device: str, steps: int) -> tup
     return taught, float(np.mean(losses[-60:]))
 
 
+# A look is decided where nothing of the picture is left in x_t. Anywhere else its colours can be read off the noisy latents, so
+# that a look taught on even time steps denoises its own pictures well and is never drawn: half of its steps are the last fifty.
 def stratified_steps(n: int, device: str) -> torch.Tensor:
     """n time steps spread evenly over 0..999, in random order."""
     at = (torch.arange(n) + torch.rand(n)) * (1000 / n)
