@@ -17,6 +17,7 @@ from .bundle import MANIFEST, Frozen, file_sha256
 from .errors import EngineError
 
 ENGINES = "engines"
+_CHECKED: set[tuple[str, int, int, str]] = set()
 
 
 class EngineManifest(Frozen):
@@ -73,15 +74,21 @@ def read_engine(folder: Path) -> KeptEngine:
 
 
 def check_engine(kept: KeptEngine) -> None:
-    """Raise EngineError when the file's bytes are not those that were kept: a spoiled blob can crash its library."""
+    """Raise EngineError when the file's bytes are not those that were kept: a spoiled blob can crash its library.
+
+    The sha256 is computed once per process, and again when the file was touched.
+    """
     cure = f"remove {kept.path.parent} and it is made again"
     try:
-        size = kept.path.stat().st_size
-        whole = size == kept.manifest.bytes and file_sha256(kept.path) == kept.manifest.sha256
+        stat = kept.path.stat()
+        seen = (str(kept.path), stat.st_mtime_ns, stat.st_ino, kept.manifest.sha256)
+        whole = stat.st_size == kept.manifest.bytes
+        whole = whole and (seen in _CHECKED or file_sha256(kept.path) == kept.manifest.sha256)
     except OSError as error:
         raise EngineError(f"{kept.path}: must be readable, got '{error.strerror}'; {cure}") from error
     if not whole:
         raise EngineError(f"{kept.path}: bytes differ from the sha256 in its manifest; {cure}")
+    _CHECKED.add(seen)
 
 
 def keep_engine(

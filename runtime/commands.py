@@ -31,6 +31,9 @@ _SERVING = (
     click.option("--budget-mb", type=click.FloatRange(min=1), default=2000.0, show_default=True, help="For engines."),
     _TARGET,
     click.option("--queue", type=click.IntRange(min=1), default=32, show_default=True, help="Pictures that may wait."),
+    click.option(
+        "--max-batch", type=click.IntRange(min=1), default=4, show_default=True, help="Pictures drawn together."
+    ),
     click.option("--api-keys", type=_FILE, help="File of keys, one a line. Without it everybody may ask."),
     click.option("--log-prompts", is_flag=True, help="Write prompts into the log."),
 )

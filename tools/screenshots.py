@@ -48,7 +48,7 @@ def draw(page: Any, out: Path) -> None:
 def browse(page: Any, out: Path) -> None:
     """The repository with contact sheets, and the engines that they left in memory."""
     page.click("nav [data-view=repository]")
-    for count in range(1, 9):
+    for count in range(1, 5):
         page.locator(".sheet button").first.click()
         page.locator(".sheet.is-four").nth(count - 1).wait_for()
     page.screenshot(path=out / "page_repository.png")

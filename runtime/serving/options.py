@@ -4,6 +4,7 @@ import hashlib
 import hmac
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from personalq.errors import EngineError
 
@@ -68,15 +69,14 @@ def read_keys(file: Path) -> frozenset[str]:
 
 
 def options_of(
-    repository: Path, *, host: str, port: int, budget_mb: float, target: str, queue: int, **more: object
+    repository: Path, *, host: str, port: int, queue: int, api_keys: Path | None, log_prompts: bool, **draw: Any
 ) -> ServeOptions:
-    """The options of `personalq serve`. Raises EngineError for a file of keys that cannot be used."""
-    keys = more.get("api_keys")
+    """The options of `personalq serve`; draw: fields of DrawOptions. Raises EngineError for an unusable file of keys."""
     return ServeOptions(
-        draw=DrawOptions(repository, budget_mb=budget_mb, target=target),
+        draw=DrawOptions(repository, **draw),
         host=host,
         port=port,
         limits=Limits(queue=queue),
-        key_digests=read_keys(keys) if isinstance(keys, Path) else frozenset(),
-        logs_prompts=bool(more.get("log_prompts")),
+        key_digests=frozenset() if api_keys is None else read_keys(api_keys),
+        logs_prompts=log_prompts,
     )

@@ -99,7 +99,6 @@ class Worker:
         name, _, bundle = key.partition("|")
         before = memory_bytes()
         pipeline = Pipeline(open_engine(name, Path(bundle), self._options.threads or None))
-        pipeline.image("", steps=1)  # the first run allocates: it belongs to loading
         took = memory_bytes() - before
         return Loaded(pipeline, max(took, graph_bytes(pipeline.manifest)))
 

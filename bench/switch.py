@@ -1,0 +1,209 @@
+"""How long until another checkpoint can draw? In memory, and not in memory with its files in the page cache.
+
+    python -m bench.switch [--arch gallery|tiny|sd15] [--repo DIR] [--target NAME]... [--rounds N] [--work DIR]
+
+Beside it, in the same run: loading the same checkpoint with diffusers, and its FP32 graphs with ONNX Runtime. Then the
+eviction rules on a replayed Zipf trace, with the sizes and load times just measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from personalq.bundle import read_manifest
+from personalq.repository import Repository
+from runtime.engine import open_engine
+from runtime.pipeline import Pipeline
+from runtime.residency import GreedyDual, LeastRecent, Loaded, Ranking, Residency
+from runtime.serving.worker import graph_bytes, is_unchanged
+from runtime.store import Store
+from runtime.targets import missing
+
+GALLERY_CHECKPOINTS = 12
+
+
+def gallery(repository: Repository) -> tuple[Path, list[str]]:
+    """A repository as it is: its checkpoints that have bundles."""
+    return repository.root, sorted(Store(repository.root).drawable())[:GALLERY_CHECKPOINTS]
+
+
+def random_weights(arch: str, work: Path) -> tuple[Path, list[str]]:
+    """Two checkpoints of real dimensions, exported W8A8 and FP32."""
+    from bench._large import CHECKPOINTS, build
+    from exporters.export import export_checkpoint
+
+    large = build(work / arch, arch, lambda text: click.echo(text, err=True))
+    for checkpoint in CHECKPOINTS:
+        for name in ("w8a8", "fp32"):
+            export_checkpoint(large.repository, checkpoint, large.spec(checkpoint, name))
+    return large.repository.root, list(CHECKPOINTS)
+
+
+def loader(target: str) -> Residency[Pipeline]:
+    """A residency as the server has it, with room for everything."""
+
+    def load(key: str) -> Loaded[Pipeline]:
+        pipeline = Pipeline(open_engine(target, Path(key)))
+        return Loaded(pipeline, graph_bytes(pipeline.manifest))
+
+    return Residency(load, lambda key: 0, 1 << 50, is_fresh=is_unchanged)
+
+
+def measure(target: str, bundles: Sequence[Path], rounds: int) -> dict[str, Any]:
+    """Cold: every bundle into a residency that holds nothing. The first round fills the page cache and is left out."""
+    cold, resident = [], []
+    for turn in range(rounds + 1):
+        kept = loader(target)
+        for bundle in bundles:
+            seconds = timed(pinned, kept, bundle)
+            cold += [seconds] if turn else []
+            resident.append(timed(pinned, kept, bundle))
+        kept.close()
+    return {"engine": target, "cold_s": cold, **quantiles("cold", cold), "resident_p50_ms": 1e3 * median(resident)}
+
+
+def pinned(kept: Residency[Pipeline], bundle: Path) -> Pipeline:
+    return kept.pin(str(bundle)).result()
+
+
+def peers(bundles: Sequence[Path], root: Path, checkpoints: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+    """diffusers' own loading of the same weights, and the FP32 graphs in ONNX Runtime (what optimum opens)."""
+    rows = []
+    references = [found for name in checkpoints[:2] if (found := reference(root, name)) is not None]
+    if references:
+        times = [timed(open_engine, "onnxruntime", one) for _ in range(rounds) for one in references]
+        rows.append({"engine": "onnxruntime fp32 graphs", "cold_s": times, **quantiles("cold", times)})
+    with_unet = [path for name in checkpoints if (path := root / "checkpoints" / name / "unet").is_dir()]
+    base = next((root / "bases").iterdir())
+    if with_unet:
+        times = [timed(load_with_diffusers, base, with_unet[0]) for _ in range(rounds + 1)][1:]
+        rows.append({"engine": "diffusers (torch)", "cold_s": times, **quantiles("cold", times)})
+    return rows
+
+
+def reference(root: Path, checkpoint: str) -> Path | None:
+    """The checkpoint's unquantised bundle, when it has one."""
+    found = [one for one in Store(root).bundles(checkpoint) if read_manifest(one).spec.policy in ("fp32", "fp16")]
+    return found[0] if found else None
+
+
+def load_with_diffusers(base: Path, unet: Path) -> Any:
+    """UNet, VAE and text encoder as torch modules: made without memory, weights mapped in."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from safetensors.torch import load_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    made = []
+    for kind, folder in ((UNet2DConditionModel, unet), (AutoencoderKL, base / "vae")):
+        with torch.device("meta"):
+            model = kind.from_config(kind.load_config(folder))
+        model.load_state_dict(load_file(next(folder.glob("*.safetensors"))), assign=True, strict=False)
+        made.append(model)
+    with torch.device("meta"):
+        text = CLIPTextModel(CLIPTextConfig.from_pretrained(base / "text_encoder"))
+    weights = load_file(next((base / "text_encoder").glob("*.safetensors")))
+    text.load_state_dict(weights, assign=True, strict=False)
+    return [*made, text]
+
+
+def replay(
+    ranking: Ranking, trace: Sequence[int], sizes: Sequence[float], costs: Sequence[float], budget: float
+) -> dict[str, float]:
+    """Hit rate and seconds of loading of a trace under a byte budget."""
+    held: set[int] = set()
+    hits, seconds = 0, 0.0
+    for key in trace:
+        hits += key in held
+        if key not in held:
+            seconds += costs[key]
+            while held and sum(sizes[one] for one in held) + sizes[key] > budget:
+                held.discard(int(ranking.victim([str(one) for one in held])))
+            held.add(key)
+        ranking.touch(str(key), sizes[key], costs[key])
+    return {"hit_rate": round(hits / len(trace), 4), "load_seconds": round(seconds, 2)}
+
+
+def evictions(cold: Sequence[float], n: int = 100, requests: int = 10_000) -> list[dict[str, Any]]:
+    """GreedyDual beside LRU: n checkpoints of three sizes (UNet alone, SD1.5, SDXL: 1, 4 and 12), Zipf 1.0, three budgets."""
+    random = np.random.default_rng(0)
+    sizes = random.choice([1.0, 4.0, 12.0], n, p=[0.3, 0.5, 0.2]).tolist()
+    costs = [median(cold) * (0.3 + 0.7 * size / 4) for size in sizes]
+    share = 1 / np.arange(1, n + 1)
+    trace = random.choice(n, requests, p=share / share.sum()).tolist()
+    rows = []
+    for part in (0.1, 0.25, 0.5):
+        for ranking in (GreedyDual(), LeastRecent()):
+            found = replay(ranking, trace, sizes, costs, part * sum(sizes))
+            rows.append({"budget": part, "rule": type(ranking).__name__, **found})
+    return rows
+
+
+def timed(work: Callable[..., Any], *arguments: Any) -> float:
+    started = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - started
+
+
+def median(values: Sequence[float]) -> float:
+    return float(np.median(values))
+
+
+def quantiles(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {f"{name}_p{p}_s": round(float(np.percentile(values, p)), 4) for p in (50, 90, 99)}
+
+
+@click.command()
+@click.option("--arch", type=click.Choice(["gallery", "tiny", "sd15"]), default="gallery", show_default=True)
+@click.option("--repo", type=click.Path(path_type=Path), help="With --arch gallery: another repository with bundles.")
+@click.option("--target", "targets", multiple=True, default=["onnxruntime", "openvino"], show_default=True)
+@click.option("--rounds", type=int, default=5, show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), help="Keep the random weights here and use them again.")
+def main(arch: str, repo: Path | None, targets: tuple[str, ...], rounds: int, work: Path | None) -> None:
+    """Time switching between checkpoints."""
+    with tempfile.TemporaryDirectory() as temporary:
+        if arch == "gallery":
+            root, checkpoints = gallery(Repository.open(repo))
+        else:
+            root, checkpoints = random_weights(arch, work or Path(temporary))
+        bundles = [Store(root).find(name).bundle for name in checkpoints]
+        rows = [measure(target, bundles, rounds) for target in targets if not missing(target)]
+        rows += peers(bundles, root, checkpoints, rounds)
+    best = min((row for row in rows if "resident_p50_ms" in row), key=lambda row: row["cold_p50_s"])
+    traces = evictions(best["cold_s"])
+    for row in rows:
+        click.echo(
+            f"{row['engine']:28} cold p50 {row['cold_p50_s']:.3f} s   resident {row.get('resident_p50_ms', 0):.2f} ms"
+        )
+    for row in traces:
+        click.echo(
+            f"budget {row['budget']:.0%} {row['rule']:12} hit rate {row['hit_rate']:.3f} loading {row['load_seconds']} s"
+        )
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    versions = {name: version(name) for name in ("onnxruntime", "numpy")}
+    told = {"arch": arch, "checkpoints": len(checkpoints), "rounds": rounds, "machine": machine, "versions": versions}
+    found = {
+        "cold_p50_s": best["cold_p50_s"],
+        "resident_p50_ms": round(best["resident_p50_ms"], 3),
+        "best": best["engine"],
+    }
+    click.echo(json.dumps({**told, **found, "rows": rows, "evictions": traces}))
+
+
+if __name__ == "__main__":
+    main()
