@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 MILLISECONDS = 300_000
@@ -29,6 +30,8 @@ def main() -> None:
         draw(page, arguments.out)
         browse(page, arguments.out)
         opened.close()
+    for file in arguments.out.glob("page_*.png"):
+        Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 def draw(page: Any, out: Path) -> None:
