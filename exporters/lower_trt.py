@@ -206,7 +206,7 @@ def _tuned(tensor: StoredTensor, spec_file: SpecFile) -> StoredTensor:
     if tensor.name not in spec_file.spec.tuned:
         return tensor
     values = spec_file.tensors[f"{tensor.name}.tuned"].astype(tensor.dtype.numpy())
-    return replace(tensor, convert=lambda _: values)
+    return replace(tensor, convert=lambda rows, start=0: values[start : start + len(rows)])
 
 
 def _block(k: int) -> int:

@@ -47,7 +47,7 @@ class SpecEntry(Frozen):
 
 
 class Graphs(Frozen):
-    """File names inside the bundle. unet: one file per lowering ('ort', later 'trt')."""
+    """File names inside the bundle. unet: one file per lowering ('ort', 'trt')."""
 
     unet: dict[str, str]
     text_rows: str
