@@ -46,7 +46,8 @@ class Report:
     """Every check of one bundle; passed when all of them did. headline: the first line of every report.
 
     measured: per metric, one value per golden input or picture. layers: SNR in dB at each sampled layer and block, in
-    the order the graph computes them; before: the same of the baseline. seconds: by level.
+    the order the graph computes them; before: the same of the baseline. seconds: by level. left_out: what could not be
+    compared because it was not there to compare with.
     """
 
     bundle: Path
@@ -58,6 +59,7 @@ class Report:
     before: dict[str, float] = field(default_factory=dict)
     pictures: Pictures | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -72,6 +74,7 @@ class Report:
             "passed": self.passed,
             "headline": self.headline,
             "checks": [check.to_json() for check in self.checks],
+            "left_out": list(self.left_out),
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
         }
 

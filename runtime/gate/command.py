@@ -63,4 +63,5 @@ def _lines(report: "Report", files: Sequence[str]) -> list[Any]:
         cells = [check.level, check.name, f"{check.value:.4g}", f"{check.limit:.4g}", "yes" if check.passed else "NO"]
         table.add_row(*(Text(cell, style) for cell in cells), Text("" if check.passed else check.reason))
     seconds = ", ".join(f"{level} {value:.1f} s" for level, value in report.seconds.items())
-    return [Text(report.headline), table, Text(seconds), *(Text(f"wrote {file}") for file in files)]
+    notes = [f"not compared: {text}" for text in report.left_out] + [f"wrote {file}" for file in files]
+    return [Text(report.headline), table, Text(seconds), *map(Text, notes)]

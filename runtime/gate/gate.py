@@ -22,6 +22,8 @@ from .targets import cross_target
 NUDGE = np.float32(2.0**-20)  # relative: what another order of float additions does to a number, about
 NOISY_RUNS = 2
 
+MEASURED = ("numerics", "images")  # levels that a baseline has something of
+
 Computed = Callable[[Subject], Iterator[Check]]
 OBEDIENCE: tuple[tuple[str, Computed], ...] = (
     ("spec in the graph", obedience.spec_in_graph),
@@ -68,8 +70,8 @@ def verify_bundle(bundle: Path, threads: int | None = None) -> Report:
 
 
 def run_gate(bundle: Path, options: Options, sources: Sources | None = None) -> Report:
-    """Run the levels up to options.level and compare with a baseline; nothing raises but a baseline file that is not one."""
-    sources = sources or Sources()
+    """Run the levels up to options.level, compare with a baseline or write it. Never raises."""
+    sources, started = sources or Sources(), time.perf_counter()
     try:
         manifest = read_manifest(bundle)
         intact = replace(integrity.files_intact(bundle, manifest), level="integrity")
@@ -78,8 +80,12 @@ def run_gate(bundle: Path, options: Options, sources: Sources | None = None) -> 
     name = baselines.entry_name(manifest)
     if not intact.passed:
         return _ended(bundle, name, [intact])
-    started = time.perf_counter()
     checks = [intact, *_guarded("key", "integrity", lambda: integrity.consistent(bundle, manifest, sources))]
+    if options.baseline is not None and options.level not in MEASURED:
+        reason = (
+            f"{options.baseline}: needs the levels that measure something, got {options.level!r}; run {MEASURED[0]}"
+        )
+        checks.append(failed("baseline", reason))
     seconds = {"integrity": time.perf_counter() - started}
     if options.level == "integrity":
         return replace(_ended(bundle, name, checks), seconds=seconds)
@@ -115,7 +121,8 @@ class Run:
         found = _ended(self.subject.bundle, self.name, self.checks)
         subject = self.subject
         found = replace(found, measured=subject.measured, layers=subject.layers, before=self.before)
-        return replace(found, pictures=self.pictures, seconds=self.seconds)
+        left_out = subject.sources.missing()
+        return replace(found, pictures=self.pictures, seconds=self.seconds, left_out=left_out)
 
     def _timed(self, level: str, compute: Callable[[], Sequence[Check] | Iterator[Check]]) -> None:
         started = time.perf_counter()
@@ -130,7 +137,9 @@ class Run:
         subject, file = self.subject, self.options.baseline
         fell: tuple[tuple[str, float, float], ...] = ()
         known: dict[str, str] = {}
-        if file is not None and not self.options.update:
+        if file is None or self.options.level not in MEASURED:
+            file = None
+        elif not self.options.update:
             entry = baselines.read_baselines(file).bundles.get(self.name)
             if entry is None:
                 yield failed("baseline", f"{file}: must have {self.name}, got nothing; run with --update-baseline")

@@ -12,6 +12,7 @@ from personalq.errors import PersonalQError
 from personalq.numerics import QTYPES, quantize
 from personalq.spec import LayerSpec
 
+from ..engine import LOWERING
 from .check import Check, equal, none_of
 from .onnxfile import Graph, Node, Tensor
 from .subject import Subject
@@ -130,20 +131,21 @@ def _scale_problems(graph: Graph, key: str, node: Node | None, tensors: dict[str
 
 
 def stored_weights(subject: Subject) -> Iterator[Check]:
-    """Integers on disk are the spec's arithmetic on the checkpoint's weights; floats are those weights, rounded once."""
+    """Integers on disk, in every lowering, are the spec's arithmetic on the checkpoint's weights; floats are those weights."""
     read = subject.sources.weights
     if read is None:
         return
     graphs = subject.manifest.graphs
     files = {"text_rows": graphs.text_rows, "text_encoder": graphs.text_encoder, "vae_decoder": graphs.vae_decoder}
+    files |= {f"unet.{lowering}": file for lowering, file in graphs.unet.items() if lowering != LOWERING}
     opened = {"unet": subject.unet, **{name: subject.graph(file) for name, file in files.items()}}
     layers, tensors = subject.spec_file.spec.layers, subject.spec_file.tensors
     for name, graph in opened.items():
-        problems, culprit = [], ""
+        problems, culprit, component = list[str](), "", COMPONENT_OF[name.partition(".")[0]]
         for tensor in graph.tensors.values():
             layer = tensor.name.removesuffix(".weight")
-            decision = layers.get(layer) if name == "unet" and tensor.name.endswith(".weight") else None
-            wrong = _stored_problem(tensor, decision, tensors, partial(read, COMPONENT_OF[name]))
+            decision = layers.get(layer) if component == "unet" and tensor.name.endswith(".weight") else None
+            wrong = _stored_problem(tensor, decision, tensors, partial(read, component))
             culprit = culprit or (layer.removesuffix(".bias") if wrong else "")
             problems += wrong
         yield none_of(f"{name}: tensors that are not the checkpoint's", problems, culprit)

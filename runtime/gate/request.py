@@ -85,14 +85,17 @@ def sources_of(
     """The checkpoint's weights and its unquantised bundle, where the repository still has them; the judge asked for."""
     try:
         id_ = read_manifest(folder).checkpoint.id
-        found = None if repository is None else (repository.card(id_), repository.checkpoint_dir(id_))
-    except PersonalQError:  # no bundle, or its checkpoint was removed: the gate says what it can by the bundle alone
+    except PersonalQError:  # no bundle: the gate says so
         return Sources()
     scores = load_judge(judge, id_) if judge else None
-    if repository is None or found is None:
+    if repository is None:
         return Sources(judge=scores)
-    card, checkpoint = found
-    base = repository.base_dir(card)
+    try:
+        card = repository.card(id_)
+        folders = repository.base_dir(card), repository.checkpoint_dir(id_)
+    except PersonalQError:  # the checkpoint was removed: the bundle is judged alone
+        return Sources(judge=scores)
+    base, checkpoint = folders
     weights = open_weights()(base, checkpoint, card.kind)
     others = Store(repository.root).bundles(id_)
     reference = [other for other in others if read_manifest(other).spec.policy == REFERENCE_POLICIES[0]]

@@ -39,7 +39,7 @@ ReadWeight = Callable[[str, str], npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Sources:
-    """What a check may use besides the bundle; each may be missing, and its checks are then left out and said so.
+    """What a check may use besides the bundle; each may be missing, and its checks are then left out, and `missing` says so.
 
     weights: reads the checkpoint's tensors. weights_sha256: of the checkpoint as it lies in the repository now.
     reference: the unquantised bundle of the same checkpoint. judge: see Judge.
@@ -49,6 +49,14 @@ class Sources:
     weights_sha256: Callable[[], str] | None = None
     reference: Path | None = None
     judge: Judge | None = None
+
+    def missing(self) -> tuple[str, ...]:
+        """What is therefore not compared, in words."""
+        reasons = {
+            "stored weights: the checkpoint is not in the repository": self.weights,
+            "more pictures: the repository has no fp32 bundle of this checkpoint": self.reference,
+        }
+        return tuple(text for text, source in reasons.items() if source is None)
 
 
 @dataclass

@@ -55,3 +55,18 @@ def test_the_first_line_says_what_is_wrong(fault: str, tiny: Tiny, tmp_path: Pat
     inject(fault, Case(tiny.repository, "rex", folder, tiny.other))
     report = run_gate(folder, Options(threads=1, level="obedience"), tiny.sources)
     assert NAMED[fault] in report.headline
+
+
+def test_the_bench_counts_faults_and_false_alarms_and_names_the_worse_layer(tiny: Tiny, tmp_path: Path) -> None:
+    from bench.gate import Bench, clean_runs, faults, table, worse_spec
+
+    bench = Bench(tiny.repository, {"rex": tiny.bundle, "max": tiny.other}, "numerics", clean=1)
+    rows = list(faults(bench, ["bias dropped", "corrupted golden"]))
+    assert [row["caught"] for row in rows] == [True, True]
+    assert rows[0]["levels"][0] == "obedience" and rows[1]["levels"] == ["numerics"]
+    assert len(list(table(rows))) == 3
+    only = Bench(tiny.repository, {"rex": tiny.bundle}, "numerics", clean=1)
+    runs = list(clean_runs(only, tmp_path / "b.json"))
+    assert [(run["run"], run["passed"]) for run in runs] == [("one thread", True)], runs
+    worse = worse_spec(only, tmp_path / "b.json")
+    assert not worse["passed"] and worse["named_first"], worse["first"]

@@ -74,6 +74,7 @@ def _report(report: Report) -> Iterator[str]:
     verdict = "passed" if report.passed else "failed"
     yield f'<main class="{verdict}"><h1><span class="verdict">{verdict.upper()}</span>{escape(report.subject)}</h1>'
     yield f'<p class="headline">{escape(report.headline)}<br>bundle {escape(report.bundle.name)}</p>'
+    yield "".join(f'<p class="soft">Not compared: {escape(text)}</p>' for text in report.left_out)
     yield f'<div class="levels">{"".join(_levels(report))}</div>'
     if report.failed:
         yield f"<h2>What failed</h2>{_table(report.failed)}"

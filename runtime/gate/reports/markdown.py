@@ -30,6 +30,9 @@ def _section(report: Report) -> Iterator[str]:
         yield from [f"| {level} | {len(chosen)} | {wrong} | {seconds} |"] if chosen else []
     yield ""
     yield from _layers(report)
+    for text in report.left_out:
+        yield f"Not compared: {_text(text)}"
+        yield ""
     yield "<details><summary>Every check</summary>"
     yield ""
     yield from _table(report.checks)

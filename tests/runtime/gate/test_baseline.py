@@ -94,6 +94,13 @@ def test_a_failing_bundle_is_not_accepted(copied: Path, reseal: Any, tmp_path: P
     assert "a baseline must pass by itself" in report.failed[-1].reason
 
 
+@pytest.mark.parametrize("level", ["integrity", "obedience"])
+def test_a_level_that_measures_nothing_has_no_baseline(level: str, bundle: Path, accepted: Path) -> None:
+    report = run_gate(bundle, replace(OPTIONS, baseline=accepted, level=level))
+    reason = f"{accepted}: needs the levels that measure something, got {level!r}; run numerics"
+    assert [(check.name, check.reason) for check in report.failed] == [("baseline", reason)]
+
+
 def test_other_entries_stay_when_one_is_written(bundle: Path, accepted: Path) -> None:
     content = json.loads(accepted.read_text())
     content["bundles"]["other/taq"] = content["bundles"][NAME]

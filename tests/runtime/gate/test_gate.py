@@ -46,6 +46,11 @@ def test_the_reference_bundle_passes_the_strict_limits(reference: Path) -> None:
     assert limits["image PSNR dB, mean"] == 45 and limits["unet cosine, t 0-249"] == 0.9999
 
 
+def test_what_could_not_be_compared_is_said(bundle: Path) -> None:
+    left_out = verify_bundle(bundle, threads=1).to_json()["left_out"]
+    assert left_out[0] == "stored weights: the checkpoint is not in the repository"
+
+
 def test_the_json_has_the_keys_of_the_command_line(bundle: Path) -> None:
     content = json.loads(json.dumps(verify_bundle(bundle, threads=1).to_json(), allow_nan=False))
     assert content["passed"] is True
