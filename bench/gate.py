@@ -105,11 +105,12 @@ def faults(bench: Bench, names: list[str]) -> Iterator[dict[str, Any]]:
 def verdict(report: Report) -> dict[str, Any]:
     """Which levels caught it, the first one's time, and its first failed check."""
     levels = list(dict.fromkeys(check.level for check in report.failed))
-    passed = dict(list(report.seconds.items())[: list(report.seconds).index(levels[0]) + 1]) if levels else {}
+    names = list(report.seconds)  # of the levels that ended; a bundle that does not open ends the first
+    until = names[: names.index(levels[0]) + 1] if levels and levels[0] in names else names
     return {
         "caught": not report.passed,
         "levels": levels,
-        "seconds": round(sum(passed.values()), 2),
+        "seconds": round(sum(report.seconds[name] for name in until), 2),
         "first": report.headline,
         "failed_checks": len(report.failed),
     }
