@@ -30,12 +30,10 @@ from runtime.serving.worker import graph_bytes, is_unchanged
 from runtime.store import Store
 from runtime.targets import missing
 
-GALLERY_CHECKPOINTS = 12
 
-
-def gallery(repository: Repository) -> tuple[Path, list[str]]:
+def gallery(repository: Repository, most: int) -> tuple[Path, list[str]]:
     """A repository as it is: its checkpoints that have bundles."""
-    return repository.root, sorted(Store(repository.root).drawable())[:GALLERY_CHECKPOINTS]
+    return repository.root, sorted(Store(repository.root).drawable())[:most]
 
 
 def random_weights(arch: str, work: Path) -> tuple[Path, list[str]]:
@@ -169,12 +167,13 @@ def quantiles(name: str, values: Sequence[float]) -> dict[str, float]:
 @click.option("--repo", type=click.Path(path_type=Path), help="With --arch gallery: another repository with bundles.")
 @click.option("--target", "targets", multiple=True, default=["onnxruntime", "openvino"], show_default=True)
 @click.option("--rounds", type=int, default=5, show_default=True)
+@click.option("--checkpoints", "most", type=int, default=12, show_default=True, help="Of the gallery.")
 @click.option("--work", type=click.Path(path_type=Path), help="Keep the random weights here and use them again.")
-def main(arch: str, repo: Path | None, targets: tuple[str, ...], rounds: int, work: Path | None) -> None:
+def main(arch: str, repo: Path | None, targets: tuple[str, ...], rounds: int, most: int, work: Path | None) -> None:
     """Time switching between checkpoints."""
     with tempfile.TemporaryDirectory() as temporary:
         if arch == "gallery":
-            root, checkpoints = gallery(Repository.open(repo))
+            root, checkpoints = gallery(Repository.open(repo), most)
         else:
             root, checkpoints = random_weights(arch, work or Path(temporary))
         bundles = [Store(root).find(name).bundle for name in checkpoints]

@@ -102,7 +102,6 @@ def _add_knowledge(app: FastAPI, service: Service) -> None:
 def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", summary="Counters, as Prometheus reads them")
     async def metrics() -> Response:
-        service.metrics.restarts._value.set(service.drawing.restarts)
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/healthz", summary="The server runs")

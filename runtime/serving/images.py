@@ -48,7 +48,7 @@ class Service:
         self.repository = Repository.open(options.draw.repository)
         self.store = Store(self.repository.root)
         self.metrics = Metrics()
-        self.drawing = DrawProcess(options.draw, self.metrics.observe_residency)
+        self.drawing = DrawProcess(options.draw, self.metrics.observe_residency, lambda: self.metrics.restarts.inc())
         self.is_draining = False
         self._checkin = asyncio.Lock()
         self._kept: OrderedDict[str, tuple[float, bytes]] = OrderedDict()

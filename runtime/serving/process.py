@@ -46,8 +46,10 @@ class Drawing:
 class DrawProcess:
     """Starts the drawing process and keeps one running until `close`."""
 
-    def __init__(self, options: DrawOptions, on_residency: Callable[[Message], None] = lambda _: None) -> None:
-        self._options, self._on_residency = options, on_residency
+    def __init__(
+        self, options: DrawOptions, on_residency: Callable[[Message], None], on_restart: Callable[[], None]
+    ) -> None:
+        self._options, self._on_residency, self._on_restart = options, on_residency, on_restart
         self._process: asyncio.subprocess.Process | None = None
         self._jobs: dict[str, Drawing] = {}
         self._keeper: asyncio.Task[None] | None = None
@@ -119,6 +121,7 @@ class DrawProcess:
             attempt = 0 if time.monotonic() - started > _SETTLED_SECONDS else attempt
             self._answer_lost()
             self.restarts += 1
+            self._on_restart()
             await asyncio.sleep(_RESTART_SECONDS[min(attempt, len(_RESTART_SECONDS) - 1)])
             attempt += 1
 

@@ -1,6 +1,7 @@
 """The Python in docs/server.md runs against a server; the page names every option and error it should."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -41,4 +42,7 @@ def test_the_image_holds_the_runtime_alone() -> None:
     rooms = {word for line in copied for word in line.split()[:-1]} - {"pyproject.toml", "constraints.txt", "README.md"}
     assert rooms == {"LICENSE", "cli.py", "personalq", "runtime"}
     text = (ROOT / "Dockerfile").read_text()
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    others = {name.replace(".", "/") for name in packages if name.split(".")[0] not in ("personalq", "runtime")}
+    assert others == {path.removesuffix("/__init__.py") for path in re.findall(r"\S+/__init__\.py", text)}
     assert re.search(r"^USER personalq$", text, re.MULTILINE) and "EXPOSE 8765" in text
