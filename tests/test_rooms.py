@@ -85,6 +85,8 @@ MISSING = [
     (["calibrate", "biscuit-the-dog"], "torch", "export"),
     (["calibrate", "biscuit-the-dog"], "diffusers", "export"),
     (["ask", "my dog"], "onnxruntime", "cpu"),
+    (["serve"], "fastapi", "serve"),
+    (["serve"], "prometheus_client", "serve"),
 ]
 
 

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from bench.serve import growth_mb
+from bench.switch import replay
 from personalq.errors import EngineError
 from runtime.residency import GreedyDual, LeastRecent, Loaded, Ranking, Residency
 
@@ -134,21 +136,6 @@ def test_threads_that_hammer_it_find_what_they_asked_for(disk: Disk) -> None:
     assert kept.counts.hits + kept.counts.misses == 400
 
 
-def replay(ranking: Ranking, trace: list[int], sizes: list[int], costs: list[float], budget: int) -> tuple[int, float]:
-    """(hits, seconds of loading) of a trace."""
-    held: set[int] = set()
-    hits, seconds = 0, 0.0
-    for key in trace:
-        hits += key in held
-        if key not in held:
-            seconds += costs[key]
-            while sum(sizes[one] for one in held) + sizes[key] > budget:
-                held.discard(int(ranking.victim([str(one) for one in held])))
-            held.add(key)
-        ranking.touch(str(key), sizes[key], costs[key])
-    return hits, seconds
-
-
 @pytest.mark.parametrize("exponent", [0.8, 1.0, 1.2])
 def test_greedy_dual_beats_lru_on_zipf_traces(exponent: float) -> None:
     random = np.random.default_rng(3)
@@ -157,10 +144,8 @@ def test_greedy_dual_beats_lru_on_zipf_traces(exponent: float) -> None:
     sizes = random.choice([30, 140, 900, 1800], n).tolist()
     costs = [size / 900 * float(random.uniform(0.7, 1.3)) + 0.1 for size in sizes]
     trace = random.choice(n, 4000, p=share / share.sum()).tolist()
-    (hits, seconds), (lru_hits, lru_seconds) = (
-        replay(ranking, trace, sizes, costs, 6000) for ranking in (GreedyDual(), LeastRecent())
-    )
-    assert hits > lru_hits and seconds < lru_seconds
+    mine, lru = (replay(ranking, trace, sizes, costs, 6000) for ranking in (GreedyDual(), LeastRecent()))
+    assert mine["hit_rate"] > lru["hit_rate"] and mine["load_seconds"] < lru["load_seconds"]
 
 
 def test_what_was_popular_once_leaves_in_the_end() -> None:
@@ -175,3 +160,9 @@ def test_what_was_popular_once_leaves_in_the_end() -> None:
             held.discard(ranking.victim(held))
         ranking.touch(f"new{i}", 1, 1) if f"new{i}" in held else None
     assert "old" not in held
+
+
+def test_growth_is_what_comes_after_warm_up() -> None:
+    warming = [(float(i), 10_000_000 * min(i, 10)) for i in range(40)]
+    assert growth_mb(warming) == 0
+    assert growth_mb([(t, size + 1_000_000 * int(t)) for t, size in warming]) == pytest.approx(20, abs=1)
