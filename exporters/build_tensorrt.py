@@ -92,7 +92,8 @@ def build_plan(
         data = refit_plan(trt, donor.path.read_bytes(), *graphs, sample_feed(input_shapes(manifest, settings)))
         return BuiltPlan(keep_engine(bundle, parts, PLAN, data), False, None)
     timing = cache_dir / f"{target}-{trt.__version__}-{parts['device']}.timing"
-    plan = _build(trt, bundle / GRAPH, input_shapes(manifest, settings), target, settings, timing)
+    shapes = with_other_inputs(input_shapes(manifest, settings), ir.load(bundle / GRAPH), settings)
+    plan = _build(trt, bundle / GRAPH, shapes, target, settings, timing)
     wrong: tuple[str, ...] | None = None
     extra: dict[str, bytes] = {}
     if target == "tensorrt" and not settings.strip:
@@ -110,6 +111,24 @@ def plan_parts(manifest: Manifest, target: str, settings: BuildSettings, version
     }
     chosen = {f"set.{name}": value for name, value in settings.parts().items()}
     return {"target": target, "version": version, "device": device, **files, **shapes, **chosen}
+
+
+def with_other_inputs(shapes: Shapes, model: ir.Model, settings: BuildSettings) -> Shapes:
+    """`shapes`, and those of inputs that only some architectures have (SDXL's text_embeds, time_ids): open in their batch.
+
+    Raises EngineError for an input whose other sides are open too.
+    """
+    found = dict(shapes)
+    for value in model.graph.inputs:
+        sides = list(value.shape or ())
+        if value.name in shapes or all(isinstance(side, int) for side in sides):
+            continue
+        if not all(isinstance(side, int) for side in sides[1:]):
+            raise EngineError(f"{value.name}: must be open in its batch only, got {sides}; export the checkpoint again")
+        rest = tuple(int(side) for side in sides[1:])
+        low, middle, high = settings.batch
+        found[str(value.name)] = ((low, *rest), (middle, *rest), (high, *rest))
+    return found
 
 
 def sorted_shapes(manifest: Manifest, settings: BuildSettings) -> list[tuple[str, Any]]:

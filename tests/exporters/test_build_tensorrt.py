@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
 from exporters.build_settings import READERS, BuildSettings, input_shapes, read_settings
-from exporters.build_tensorrt import GRAPH, build_plan, compute_capability, plan_parts
+from exporters.build_tensorrt import GRAPH, build_plan, compute_capability, plan_parts, with_other_inputs
 from exporters.census import LayerKind
 from exporters.engine_layers import from_aot, from_inspector, mismatches, table
 from exporters.lint.rules import ERRORS, WARNINGS
@@ -37,6 +38,19 @@ def test_shapes_are_static_at_the_bases_own_size_unless_a_range_is_given(manifes
     ranged = input_shapes(manifest, read_settings(["batch=1:2:4", "height=16:16:32", "width=24"]))
     assert ranged["sample"] == ((1, 4, 8, 12), (2, 4, 8, 12), (4, 4, 16, 12))
     assert ranged["rest_scale"][2] == (4, 77, 2 * len(manifest.rows.layers))
+
+
+def test_inputs_that_only_some_architectures_have_are_in_the_profile_too():
+    def model(*shape):
+        value = ir.Value(name="text_embeds", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
+        fixed = ir.Value(name="timestep", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape((1,)))
+        return ir.Model(ir.Graph([value, fixed], [], nodes=[], opset_imports={"": 21}), ir_version=10)
+
+    settings, known = read_settings(["batch=1:2:4"]), {"sample": ((1,), (2,), (4,))}
+    found = with_other_inputs(known, model("batch", 20), settings)
+    assert found == known | {"text_embeds": ((1, 20), (2, 20), (4, 20))}
+    with pytest.raises(EngineError, match="text_embeds: must be open in its batch only"):
+        with_other_inputs(known, model("batch", "width"), settings)
 
 
 def test_an_unquantised_bundle_takes_rows_whole(exported):
