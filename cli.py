@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runtime.commands import drawing_options, exporting_options, serving_options
-from runtime.console import Commands, Result, each_line, progress, reports, start_logging
+from runtime.console import Commands, Result, each_line, progress, reports, start_logging, talk
 from runtime.gate.command import verify_command
 
 if TYPE_CHECKING:
@@ -116,17 +116,19 @@ def index() -> Result:
 @click.argument("request", required=False)
 @click.option("--answer", "answers", multiple=True, help="Answer to the question asked; repeat for later ones.")
 @click.option("--batch", type=PATH, help='JSONL file of {"request": ..., "answers": [...]}; one JSON object a line.')
+@click.option("--llm", metavar="URL", help="Let a model at this OpenAI-compatible endpoint judge the shortlist.")
+@click.option("--llm-model", default="", metavar="NAME", help="The model's name there. Key: $OPENAI_API_KEY.")
 @reports
-def ask(request: str | None, answers: tuple[str, ...], batch: Path | None) -> Result:
+def ask(request: str | None, answers: tuple[str, ...], batch: Path | None, llm: str | None, llm_model: str) -> Result:
     """Find the checkpoint a REQUEST means, and write its prompt."""
-    from personalq.checkin import ask as decide
+    from personalq.checkin import Asker
 
     if (request is None) == (batch is None):
         raise click.UsageError("name a REQUEST or --batch FILE, one of the two")
-    repository = opened()
+    decide = Asker.at(opened(), llm, llm_model)
     if batch is not None:
-        return each_line(batch, "request", lambda line: decide(repository, line["request"], line.get("answers", ())))
-    return Result(decide(repository, request or "", answers).to_json())
+        return each_line(batch, "request", lambda line: decide(line["request"], line.get("answers", ())))
+    return Result(talk(lambda said: decide(request or "", said), answers).to_json())
 
 
 @cli.command()

@@ -38,6 +38,7 @@ EXTRAS = {
     "fastapi": "serve",
     "uvicorn": "serve",
     "prometheus_client": "serve",
+    "openai": "llm",
 }
 
 
@@ -120,6 +121,22 @@ def reports(function: Callable[..., Result]) -> Callable[..., None]:
             sys.exit(result.code)
 
     return run
+
+
+def talk(decide: Callable[[list[str]], Any], answers: Sequence[str]) -> Any:
+    """Return `decide(answers)`; at a terminal, put its open question to the person and decide again with the answer.
+
+    With --json, or when nobody is there to answer, the question is part of what is returned.
+    """
+    said = list(answers)
+    found = decide(said)
+    asks = sys.stdin.isatty() and sys.stderr.isatty() and not click.get_current_context().params.get("as_json")
+    while asks and found.question:
+        lines = [found.question, *(f"  {number}. {option}" for number, option in enumerate(found.options, 1))]
+        click.echo("\n".join(lines), err=True)
+        said.append(click.prompt("Your answer (a number, words, or 'neither')", err=True))
+        found = decide(said)
+    return found
 
 
 def each_line(file: Path, needs: str, answer: Callable[[dict[str, Any]], Any]) -> Result:

@@ -5,6 +5,7 @@ decision = ask(Repository.open(), "my chocolate brown dog on the beach")
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from .decision import Candidate, Decision
 from .dialogue import Checkin, write_index
 from .encoder import shared_encoder
 from .index import build_index
+from .judge import Judge, judge_at
 
-__all__ = ["Candidate", "Checkin", "Decision", "IndexReport", "ask", "index"]
+__all__ = ["Asker", "Candidate", "Checkin", "Decision", "IndexReport", "Judge", "ask", "index", "judge_at"]
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,34 @@ class IndexReport:
 _OPEN: dict[str, tuple[str, Checkin]] = {}
 
 
-def ask(repository: Repository, request: str, answers: Sequence[str] = ()) -> Decision:
-    """Decide what a request means. The repository's Check-in stays in memory until its cards change."""
+def ask(repository: Repository, request: str, answers: Sequence[str] = (), *, judge: Judge | None = None) -> Decision:
+    """Decide what a request means. The repository's Check-in stays in memory until its cards change.
+
+    ``judge`` (see ``judge_at``) lets a language model score the shortlist; without it nothing leaves this machine.
+    """
     digest = repository.digest()
     kept = _OPEN.get(str(repository.root))
     if kept is None or kept[0] != digest:
         kept = _OPEN[str(repository.root)] = (digest, Checkin(repository))
-    return kept[1].ask(request, answers)
+    return kept[1].ask(request, answers, judge=judge)
+
+
+@dataclass(frozen=True)
+class Asker:
+    """``ask`` for one repository, with or without a model that judges."""
+
+    repository: Repository
+    judge: Judge | None = None
+
+    @classmethod
+    def at(cls, repository: Repository, llm: str | None, llm_model: str) -> Asker:
+        """Return the asker for ``--llm URL --llm-model NAME``; the key is $OPENAI_API_KEY. Raises CheckinError."""
+        key = os.environ.get("OPENAI_API_KEY", "")
+        return cls(repository, judge_at(llm, llm_model, key=key) if llm else None)
+
+    def __call__(self, request: str, answers: Sequence[str] = ()) -> Decision:
+        """Decide what a request means."""
+        return ask(self.repository, request, answers, judge=self.judge)
 
 
 def index(repository: Repository) -> IndexReport:

@@ -19,7 +19,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Decision:
-    """``checkpoint`` and ``prompt`` are set on select, ``question`` and ``options`` on clarify; else None and empty."""
+    """``checkpoint`` and ``prompt`` are set on select, ``question`` and ``options`` on clarify; else None and empty.
+
+    ``judged_by`` is "local", or "llm" when a language model's judgement entered the posterior.
+    """
 
     decision: Outcome
     checkpoint: str | None
@@ -28,6 +31,7 @@ class Decision:
     options: tuple[str, ...]
     candidates: tuple[Candidate, ...]
     milliseconds: float
+    judged_by: str = "local"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values with the keys of the command line."""

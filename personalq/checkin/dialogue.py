@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from .encoder import Encoder, shared_encoder
 from .explain import MAX_OPTIONS, explained_words, option_order, option_texts, question, reasons
 from .features import Evidence, gather
 from .index import Index, build_index, load_index, save_index
-from .rank import Model, fits_nothing, posterior, rivals, scores, shipped_model
+from .judge import MAX_CANDIDATES, Judge, Judgement
+from .rank import Model, fits_nothing, posterior, rivals, scores, shipped_model, with_judgement
 from .rewrite import rewrite
 
 MAX_QUESTIONS = 2
@@ -28,6 +30,16 @@ MAX_ANSWERS = 8
 _SHOWN = 10
 _STILL_OPEN = 0.75  # share of the leader's probability that keeps a candidate open after an answer
 _REACH = 6.0  # log-odds behind the leader beyond which a candidate is no farther from what an answer can bring back
+
+
+@dataclass(frozen=True)
+class _Belief:
+    """What a request is thought to mean: p (C,) over the evidence's candidates, and p of none of them."""
+
+    evidence: Evidence
+    p: NDArray[np.float32]
+    none: float
+    judgement: Judgement | None
 
 
 class Checkin:
@@ -39,20 +51,38 @@ class Checkin:
         self.cards: list[Card] = repository.cards()
         self.index = open_index(repository, self.cards, self._encoder)
 
-    def ask(self, request: str, answers: Sequence[str] = ()) -> Decision:
+    def ask(self, request: str, answers: Sequence[str] = (), *, judge: Judge | None = None) -> Decision:
         """Decide what ``request`` means, given the answers to the questions asked so far, in order.
+
+        ``judge`` scores the most probable candidates, and its judgement enters the posterior.
 
         Raises CheckinError for an empty request or too many answers.
         """
         started = time.perf_counter()
         _refuse_unusable(request, answers)
+        belief = self._believe(request, judge)
+        decided = self._decide(request, answers, belief, started)
+        return decided if belief.judgement is None else replace(decided, judged_by="llm")
+
+    def _believe(self, request: str, judge: Judge | None) -> _Belief:
         evidence = gather(request, self.cards, self.index, self._encoder)
         p, none = posterior(scores(self._model, evidence))
-        if fits_nothing(self._model, evidence, p, none):
+        if judge is None or not len(p):
+            return _Belief(evidence, p, none, None)
+        columns = np.argsort(-p, kind="stable")[:MAX_CANDIDATES]
+        said = judge(request, [self._card(evidence, int(c)) for c in columns])
+        if said is None:
+            return _Belief(evidence, p, none, None)
+        judgement = Judgement({int(columns[place]): score for place, score in said.scores.items()}, said.verdict)
+        return _Belief(evidence, *with_judgement(p, none, judgement), judgement)
+
+    def _decide(self, request: str, answers: Sequence[str], belief: _Belief, started: float) -> Decision:
+        evidence, p = belief.evidence, belief.p
+        if fits_nothing(self._model, evidence, p, belief.none):
             if answers and len(p) and not says_none(answers[0]):  # the answer may name what the request did not
                 return self.ask(f"{answers[0]}, {request}", answers[1:])
             return _abstain(self._candidates(evidence, p), started)
-        open_ = self._open(evidence, p)
+        open_ = self._open(belief)
         for turn, answer in enumerate(answers[:MAX_QUESTIONS]):
             p_or_none = self._fold(evidence, p, open_, answer)
             if p_or_none is None:
@@ -61,10 +91,17 @@ class Checkin:
             open_ = np.flatnonzero(p >= _STILL_OPEN * p.max()) if turn + 1 < MAX_QUESTIONS else open_[:1]
         if len(open_) > 1:
             return self._clarify(evidence, open_, self._candidates(evidence, p), started)
-        return self._select(evidence, int(p.argmax()), self._candidates(evidence, p), started)
+        column = int(p.argmax()) if answers else int(open_[0])
+        return self._select(evidence, column, self._candidates(evidence, p), started)
 
-    def _open(self, evidence: Evidence, p: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Return the columns that the request leaves open, most probable first."""
+    def _open(self, belief: _Belief) -> NDArray[np.int64]:
+        """Return the columns that the request leaves open, most probable first; a model that is sure decides."""
+        evidence, p, judgement = belief.evidence, belief.p, belief.judgement
+        if judgement is not None and judgement.verdict != "none":
+            best = max(judgement.scores.values())
+            top = sorted((c for c, score in judgement.scores.items() if score == best), key=lambda c: -p[c])
+            if judgement.verdict == "several" or len(top) == 1:
+                return np.array(top, np.int64)
         likely = rivals(self._model.ask, evidence, p)
         order = np.argsort(-likely - 1e-3 * p, kind="stable")
         return np.asarray(order[likely[order] >= self._model.ask.limit], np.int64)

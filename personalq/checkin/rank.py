@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import CheckinError
 from .features import NAMES, ZONES, Evidence
+from .judge import Judgement
 
 Matrix = NDArray[np.float32]
 MODEL = Path(__file__).with_name("model.json")
@@ -28,6 +29,7 @@ RIVAL_NAMES = (
     "stated_ahead", "same_class", "same_style", "same_trigger", "leader", "noun_said",
 )  # fmt: skip
 _TIED = 0.12  # weight of words below which two cards account for the same ones
+_PER_POINT, _NEUTRAL = 1.2, 1.0  # of a model's judgement, 0 to 3
 TRIGGER_SCORE = 4.0  # a made-up trigger that was said decides: its cards gain this, the others lose it
 
 
@@ -107,6 +109,19 @@ def posterior(scores: Matrix) -> tuple[Matrix, float]:
     weights = np.exp(scores - top)
     total = float(weights.sum()) + float(np.exp(-top))
     return np.asarray(weights / total, np.float32), float(np.exp(-top)) / total
+
+
+def with_judgement(p: Matrix, none: float, judgement: Judgement) -> tuple[Matrix, float]:
+    """Return (p, p_none) after a model's judgement: Bayes with the likelihoods below, hand-set.
+
+    A point of score multiplies a candidate's odds by e^1.2; what the model left out keeps its own. The verdict "none"
+    multiplies the odds of none by e^2, any other by e^-1.
+    """
+    change = np.array([_PER_POINT * (judgement.scores.get(c, _NEUTRAL) - _NEUTRAL) for c in range(len(p))])
+    weights = np.maximum(p, 1e-9) * np.exp(change)
+    none_weight = max(none, 1e-9) * np.exp(2.0 if judgement.verdict == "none" else -1.0)
+    total = float(weights.sum() + none_weight)
+    return np.asarray(weights / total, np.float32), float(none_weight / total)
 
 
 def explained(evidence: Evidence) -> Matrix:
