@@ -43,12 +43,13 @@ def opened(*, create: bool = False) -> Repository:
 
 @cli.command()
 @click.argument("sources", metavar="SOURCE...", nargs=-1, type=PATH)
-@click.option("--cards", type=PATH, help="Take in a JSONL file of cards without weights.")
+@click.option("--cards", type=PATH, help="Take in a file of cards without weights: JSONL, Civitai, StylusDocs, ...")
 @click.option("--base", default="", help="Base of the sources: an id here, or a diffusers folder to add first.")
 @click.option("--id", "card_id", default="", help="Id for a single SOURCE, in place of its card's.")
 @click.option("--replace", is_flag=True, help="Replace a checkpoint that has the same id.")
+@click.option("--adult", is_flag=True, help="Also take in what is marked as adult content or a real person.")
 @reports
-def add(sources: tuple[Path, ...], cards: Path | None, base: str, card_id: str, replace: bool) -> Result:
+def add(sources: tuple[Path, ...], cards: Path | None, base: str, card_id: str, replace: bool, adult: bool) -> Result:
     """Take in checkpoints: diffusers folders, LoRAs, Custom-Diffusion deltas, embeddings."""
     from personalq.repository import AddResult
 
@@ -59,8 +60,8 @@ def add(sources: tuple[Path, ...], cards: Path | None, base: str, card_id: str, 
         base = repository.add_base(Path(base))
         bases.append(base)
     for source in sources:
-        result += repository.add(source, base=base, card_id=card_id, replace=replace)
-    result += repository.add_cards(cards) if cards else AddResult()
+        result += repository.add(source, base=base, card_id=card_id, replace=replace, adult=adult)
+    result += repository.add_cards(cards, adult=adult) if cards else AddResult()
     for refused in result.refused:
         click.echo(f"personalq: {refused.reason}", err=True)
     return Result({**result.to_json(), "bases": bases}, code=1 if result.refused else 0)

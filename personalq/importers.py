@@ -5,7 +5,6 @@ Reads headers and text only; never unpickles, never follows a link out of the fo
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,9 +16,10 @@ from .card import MAX_CARD_BYTES, Card, read_card
 from .errors import CardError, RepositoryError
 from .header import Header, read_header
 from .readme import Found, read_readme
+from .sidecars import json_object, read_sidecar, unwanted
 
 PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle"})
-_KEPT = frozenset({".safetensors", ".json", ".txt", ".md", ".model", ".png", ".jpg", ".jpeg", ".webp"})
+_KEPT = frozenset({".safetensors", ".info", ".json", ".txt", ".md", ".model", ".png", ".jpg", ".jpeg", ".webp"})
 MAX_FILES = 5000
 _COMPONENTS = ("unet", "vae", "text_encoder")
 
@@ -34,12 +34,16 @@ class Source:
     warnings: tuple[str, ...]
 
 
-def read_source(path: Path, *, base: str = "", card_id: str = "") -> Source:
+def read_source(path: Path, *, base: str = "", card_id: str = "", adult: bool = False) -> Source:
     """Read a folder or a single safetensors file; ``base`` and ``card_id`` override the card.
+
+    What a sidecar marks as adult content or as a real person is refused unless ``adult``.
 
     Raises RepositoryError (weights, names) or CardError (card) with one line.
     """
     files, warnings = list_files(path)
+    if not adult:
+        _refuse_unwanted(path, dict(files))
     headers = {name: read_header(file) for name, file in files if name.endswith(".safetensors")}
     kind = _kind(path, headers)
     found = _gather(path, dict(files), headers, kind)
@@ -66,6 +70,11 @@ def list_files(path: Path) -> tuple[list[tuple[str, Path]], list[str]]:
             )
         is_alone = sum(1 for _ in path.parent.glob("*.safetensors")) == 1
         beside = {"card.json": path.with_suffix(".json"), "README.md": path.with_suffix(".md")}
+        for ending in (".civitai.info", ".metadata.json"):
+            beside[ending] = next(
+                (f for f in (path.with_suffix(ending), Path(f"{path}{ending}")) if f.is_file()),
+                path.with_suffix(ending),
+            )
         shared = (
             {"card.json": path.with_name("card.json"), "README.md": path.with_name("README.md")} if is_alone else {}
         )
@@ -123,7 +132,7 @@ def _check_shards(path: Path, names: set[str]) -> None:
 def _kind(path: Path, headers: Mapping[str, Header]) -> str:
     """Tell the kind from tensor names; full or UNet-only diffusers folders are dreambooth."""
     keys = [key for header in headers.values() for key in header.shapes]
-    if any("custom_diffusion" in key for key in keys):
+    if any("custom_diffusion" in key for key in keys) or _is_attention_delta(headers):
         return "custom_diffusion"
     if any(re.search(r"lora[_.]", key) for key in keys):
         return "lora"
@@ -137,6 +146,13 @@ def _kind(path: Path, headers: Mapping[str, Header]) -> str:
         f"{path}: must be a diffusers folder, a LoRA, a Custom-Diffusion delta or learned embeddings, "
         f"got weights such as {sorted(keys)[:1]}; only these can be added"
     )
+
+
+def _is_attention_delta(headers: Mapping[str, Header]) -> bool:
+    """Tell whether a file holds cross-attention weights only, as the first Custom-Diffusion code saved them."""
+    alone = [header.shapes for name, header in headers.items() if "/" not in name and not _is_embedding(header)]
+    keys = [key for shapes in alone for key in shapes]
+    return bool(keys) and all(re.search(r"attn2\.to_(?:q|k|v|out\.0)\.(?:weight|bias)$", key) for key in keys)
 
 
 def _is_embedding(header: Header) -> bool:
@@ -156,7 +172,7 @@ def check_pipeline(path: Path, weights: Collection[str]) -> None:
 def _gather(path: Path, files: Mapping[str, Path], headers: Mapping[str, Header], kind: str) -> Found:
     """Merge what card.json, README.md, the headers and the file names say; the first that knows a field wins."""
     found: Found = {}
-    for reader in (_from_card, _from_readme, _from_hub_files):
+    for reader in (_from_card, _from_sidecars, _from_readme, _from_hub_files):
         _merge(found, reader(files))
     _merge(found, _from_headers(headers, kind))
     return found
@@ -173,9 +189,30 @@ def _from_card(files: Mapping[str, Path]) -> Found:
     if file is None:
         return {}
     data = _read_json(file, str(file))
+    if (foreign := read_sidecar(data, where=file.name)) is not None:
+        return foreign
     if "base_model" in data and not data.get("base"):
         data["base"] = data["base_model"]
     return {str(field): (value, "card.json", 1.0) for field, value in data.items() if value}
+
+
+def _refuse_unwanted(path: Path, files: Mapping[str, Path]) -> None:
+    for name in (n for n in files if n.endswith((".civitai.info", ".metadata.json"))):
+        data = json_object(_read_text(files[name]))
+        inner = data.get("civitai")
+        why = unwanted(data) or (unwanted(inner) if isinstance(inner, Mapping) else "")
+        if why:
+            raise RepositoryError(f"{path}: left out, {files[name].name} says it is {why}; take it in with --adult")
+
+
+def _from_sidecars(files: Mapping[str, Path]) -> Found:
+    """Read what other tools left: .civitai.info first, it is what the author published."""
+    found: Found = {}
+    names = [n for ending in (".civitai.info", ".metadata.json") for n in sorted(files) if n.endswith(ending)]
+    for name in names:
+        _merge(found, read_sidecar(json_object(_read_text(files[name])), where=files[name].name) or {})
+    found.pop("kind", None)  # the weights say it
+    return found
 
 
 def _from_readme(files: Mapping[str, Path]) -> Found:
@@ -208,7 +245,13 @@ def _from_lora_metadata(headers: Mapping[str, Header]) -> Found:
     for key, field, sure in _LORA_KEYS:
         if value := meta.get(key, "").strip():
             found.setdefault(field, ([value] if field == "trigger" else value, f"safetensors {key}", sure))
-    folders = _json_object(meta.get("ss_dataset_dirs", "")) or _json_object(meta.get("ss_tag_frequency", ""))
+    if comment := re.search(
+        r"trigger(?: ?words?)?\s*[:=]\s*(.{2,120})", meta.get("ss_training_comment", ""), re.IGNORECASE
+    ):
+        found.setdefault("trigger", ([comment.group(1).strip()], "safetensors ss_training_comment", 0.7))
+    if tags := [t.strip() for t in meta.get("modelspec.tags", "").split(",") if t.strip()]:
+        found["tags"] = (tags, "safetensors modelspec.tags", 0.7)
+    folders = json_object(meta.get("ss_dataset_dirs", "")) or json_object(meta.get("ss_tag_frequency", ""))
     for folder in folders:
         # kohya names a data set '<repeats>_<trigger> <class>'
         match = re.match(r"\d+_(\S+)(?:\s+(.+))?$", folder)
@@ -221,6 +264,8 @@ def _from_lora_metadata(headers: Mapping[str, Header]) -> Found:
 _LORA_KEYS = (
     ("modelspec.trigger_phrase", "trigger", 0.95),
     ("ss_trigger_words", "trigger", 0.9),
+    ("ss_activation_text", "trigger", 0.85),
+    ("trigger_words", "trigger", 0.85),
     ("modelspec.title", "name", 0.8),
     ("ss_output_name", "name", 0.6),
     ("modelspec.description", "description", 0.8),
@@ -234,17 +279,9 @@ _HEADER_READERS: dict[str, Callable[[Mapping[str, Header]], Found]] = {
 }
 
 
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
 def _read_json(file: Path, where: str) -> dict[str, Any]:
     text = _read_text(file)
-    data = _json_object(text)
+    data = json_object(text)
     if not data and text.strip() != "{}":
         raise CardError(f"{where}: must be a JSON object, got text that does not parse; fix the file")
     return data

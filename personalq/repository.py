@@ -18,7 +18,9 @@ from typing import Any
 from . import audit
 from .atomic import atomic_directory, named_failure, remove, temporary_beside, write_atomic
 from .card import MAX_CARD_BYTES, Card, dump_card, folder_name, id_from_folder, parse_card
-from .errors import PersonalQError, RepositoryError
+from .catalogues import read_rows
+from .collisions import owners_of, shared_triggers
+from .errors import CardError, PersonalQError, RepositoryError
 from .fit import check_custom_diffusion, check_embedding, check_lora, check_unet
 from .header import read_header
 from .importers import Source, check_pipeline, list_files, read_source
@@ -87,6 +89,7 @@ class Repository:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._cards: tuple[object, dict[str, Card]] | None = None
+        self._digest: tuple[object, str] | None = None
 
     @classmethod
     def open(cls, path: Path | str | None = None, *, create: bool = False) -> Repository:
@@ -171,20 +174,29 @@ class Repository:
         ]
 
     def digest(self) -> str:
-        """Return the sha256 over the bytes of all cards: the index is stale when it changes."""
+        """Return the sha256 over the bytes of all cards: the index is stale when it changes.
+
+        The files are read again only when their sizes or times changed.
+        """
         place = self.root / "checkpoints"
+        stamp = audit.stamp(place, CARDS)
+        if self._digest is not None and self._digest[0] == stamp:
+            return self._digest[1]
         digest = hashlib.sha256()
         for file in audit.card_files(place, CARDS):
             digest.update(f"{file.relative_to(place)}\0{file.stat().st_size}\0".encode() + file.read_bytes())
-        return digest.hexdigest()
+        self._digest = (stamp, digest.hexdigest())
+        return self._digest[1]
 
     # changing it
 
-    def add(self, source: Path, *, base: str = "", card_id: str = "", replace: bool = False) -> AddResult:
+    def add(
+        self, source: Path, *, base: str = "", card_id: str = "", replace: bool = False, adult: bool = False
+    ) -> AddResult:
         """Take in one checkpoint folder or file; a source that cannot be taken is in ``refused`` with one line."""
         try:
-            read = read_source(source, base=base, card_id=card_id)
-            warnings = read.warnings + self._fit_warnings(read) + self._shared_trigger_warning(read.card)
+            read = read_source(source, base=base, card_id=card_id, adult=adult)
+            warnings = read.warnings + self._fit_warnings(read) + shared_triggers(read.card, owners_of(self.cards()))
             self._publish(read, replace=replace)
         except (PersonalQError, OSError) as error:
             return AddResult(refused=(Refused(str(source), _one_line(error)),))
@@ -203,22 +215,30 @@ class Repository:
             _copy(files, folder)
         return name
 
-    def add_cards(self, file: Path) -> AddResult:
-        """Take in a JSONL file of cards without weights, all in one atomic rewrite; bad lines are refused one by one."""
+    def add_cards(self, file: Path, *, adult: bool = False) -> AddResult:
+        """Take in a file of cards without weights, all in one atomic rewrite; bad entries are refused one by one.
+
+        Formats: our JSONL and those of ``catalogues``. Adult content and real persons stay out unless ``adult``.
+        """
         cards: dict[str, tuple[Card, tuple[str, ...]]] = {}
         refused = []
-        for number, line in _lines(file):
-            where = f"{file}:{number}"
+        for row in read_rows(file, adult=adult):
+            if isinstance(row, CardError):
+                refused.append(Refused(str(row).split(": ")[0], _one_line(row)))
+                continue
             try:
-                card, warnings = parse_card(line, where=where)
-                self._refuse_weighted(card.id, where)
+                card, warnings = parse_card(row.text, where=row.where)
+                self._refuse_weighted(card.id, row.where)
                 cards[card.id] = (card, warnings)
             except PersonalQError as error:
-                refused.append(Refused(where, _one_line(error)))
+                refused.append(Refused(row.where, _one_line(error)))
         kept = {card.id: card for card in self._listed_cards()} | {card.id: card for card, _ in cards.values()}
         if cards:
             self._write_list(kept.values())
-        return AddResult(tuple(_added(card, notes) for card, notes in cards.values()), tuple(refused))
+        owners = owners_of(self.cards()) if cards else {}
+        return AddResult(
+            tuple(_added(card, notes + shared_triggers(card, owners)) for card, notes in cards.values()), tuple(refused)
+        )
 
     def remove(self, card_id: str) -> None:
         """Remove a checkpoint: its card and its weights. Bundles made from it stay until they are removed by name."""
@@ -280,15 +300,6 @@ class Repository:
         if not base.is_dir():
             return (f"base {card.base!r} is not in this repository: listed, not exportable until it is added",)
         return _FITS[card.kind](read, base, where)
-
-    def _shared_trigger_warning(self, card: Card) -> tuple[str, ...]:
-        mine = {trigger.lower() for trigger in card.trigger}
-        others = [c.id for c in self.cards() if c.id != card.id and mine & {t.lower() for t in c.trigger}]
-        return (
-            (f"trigger shared with {', '.join(others[:3])}: Check-in will tell them apart by their cards",)
-            if others
-            else ()
-        )
 
     def _publish(self, read: Source, *, replace: bool) -> None:
         folder = self._folder(read.card.id)

@@ -147,7 +147,8 @@ def style_parts(text: str) -> tuple[str, str] | None:
 
 def families_in(text: str) -> frozenset[str]:
     """Return the model families a text names: sd1, sd2, sd3, sdxl, flux, flux2."""
-    return frozenset(name for name, pattern in _FAMILIES if pattern.search(text))
+    plain = text.replace("_", " ")
+    return frozenset(name for name, pattern in _FAMILIES if pattern.search(plain))
 
 
 def _kinds(text: str) -> frozenset[str]:
