@@ -159,10 +159,10 @@ class Checkin:
 def open_index(repository: Repository, cards: list[Card], encoder: Encoder) -> Index:
     """Return the repository's index: from disk when it fits the cards, else built, and kept when the folder allows."""
     digest = repository.digest()
-    found = load_index(repository.root / "index", digest=digest)
-    if found is not None and found.ids == [card.id for card in cards]:
+    found = load_index(repository.root / "index", digest=None)
+    if found is not None and found.digest == digest and found.ids == [card.id for card in cards]:
         return found
-    index = build_index(cards, encoder, digest=digest)
+    index = build_index(cards, encoder, digest=digest, old=found)
     with contextlib.suppress(RepositoryError, OSError):  # a folder that cannot be written is asked from memory
         write_index(index, repository.root / "index")
     return index

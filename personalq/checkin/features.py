@@ -84,7 +84,7 @@ def gather(request: str, cards: Sequence[Card], index: Index, encoder: Encoder) 
     rest = f"{intent.attribute} {intent.scene}".strip() or intent.text
     vectors = encoder.encode([intent.text, intent.head or intent.text, rest, *unknown])
     add_meanings(request_terms, index, dict(zip(unknown, vectors[3:], strict=True)))
-    dense, dense_head, dense_rest = (index.vectors32 @ vector for vector in vectors[:3])
+    dense, dense_head, dense_rest = index.cosines(vectors[:3])
     bm25 = _bm25(request_terms, index)
     rare, common = _trigger_hits(intent, index)
     triggered = np.maximum(rare, 0.3 * common)
@@ -232,10 +232,17 @@ def _trigger_hits(intent: Intent, index: Index) -> tuple[Matrix, Matrix]:
     """Return two (N,) arrays: 1 where a made-up trigger stands in the request, 1 where an ordinary phrase does."""
     text = " ".join(fold(intent.text).split())
     rare, common = np.zeros(index.n_cards, np.float32), np.zeros(index.n_cards, np.float32)
-    for key, (places, is_rare) in index.triggers.items():
-        if key in text and re.search(rf"(?<![^\W_]){re.escape(key)}(?![^\W_])", text):
-            (rare if is_rare else common)[places] = 1.0
+    for key in _whole_phrases(text) & index.triggers.keys():
+        places, is_rare = index.triggers[key]
+        (rare if is_rare else common)[places] = 1.0
     return rare, common
+
+
+def _whole_phrases(text: str) -> set[str]:
+    """Return every stretch of ``text`` that neither begins nor ends inside a word, of at most 80 characters."""
+    inside = [a.isalnum() and b.isalnum() for a, b in pairwise(text)]
+    edges = [0, *(i + 1 for i, is_inside in enumerate(inside[:400]) if not is_inside), min(len(text), 401)]
+    return {text[a:b] for i, a in enumerate(edges) for b in edges[i + 1 : i + 40] if b - a <= 80}
 
 
 def _shortlist(
@@ -244,9 +251,19 @@ def _shortlist(
     """Fuse the rankings by reciprocal rank, sum of 1 / (60 + rank), triggers first; return at most SHORTLIST places."""
     score = np.where(triggered > 0, 10.0 * triggered, 0.0).astype(np.float64)
     for ranking in (bm25, dense, dense_head):
-        order = np.argsort(-ranking, kind="stable")[: 4 * SHORTLIST]
+        order = _best(np.asarray(ranking, np.float64), 4 * SHORTLIST)
         score[order] += 1.0 / (60.0 + np.arange(len(order)))
-    return np.argsort(-score, kind="stable")[:SHORTLIST]
+    return _best(score, SHORTLIST)
+
+
+def _best(scores: NDArray[np.float64], n: int) -> NDArray[np.int64]:
+    """Return the places of the n greatest scores, greatest first, equal ones by place."""
+    if len(scores) > 4 * n:
+        least = np.partition(scores, -n)[-n]
+        some = np.flatnonzero(scores >= least)
+    else:
+        some = np.arange(len(scores))
+    return np.asarray(some[np.argsort(-scores[some], kind="stable")][:n], np.int64)
 
 
 def _match(terms_: Terms, index: Index, places: NDArray[np.int64]) -> Matrix:

@@ -6,6 +6,7 @@ On disk (``index/``): ``index.safetensors`` (arrays, memory-mapped), ``index.jso
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from .encoder import WIDTH, Encoder
 from .mapped import map_safetensors
 from .words import fold, grams, joined_pairs, split_term, terms, words
 
-VERSION = 2
+VERSION = 3
 FIELDS = ("name", "class", "tags", "triggers", "description", "source")
+_EXACT, _REFINED, _DIRECTIONS = 5000, 1000, 64
 _MAX_TERMS = 120  # per field; a card cannot buy attention with length
 
 
@@ -41,6 +43,7 @@ class Index:
     df: NDArray[np.int64]
     field_start: NDArray[np.int64]
     field_terms: NDArray[np.int32]
+    text_keys: NDArray[np.int64]
     vectors: NDArray[np.float16]
     phrases: dict[str, int]
     phrase_vectors: NDArray[np.float16]
@@ -72,10 +75,32 @@ class Index:
         """The concept phrases by id."""
         return list(self.phrases)
 
+    def cosines(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the cosines (Q, N) of unit vectors (Q, 384) with every card.
+
+        Large catalogues are compared in the 64 directions that vary most, and the best 1000 of each query exactly.
+        """
+        if self.n_cards <= _EXACT:
+            return np.asarray(queries @ self._vectors32.T, np.float32)
+        directions, coarse = self._coarse
+        found = np.asarray((queries @ directions) @ coarse.T, np.float32)
+        for row, query in zip(found, queries, strict=True):
+            best = np.sort(np.argpartition(row, -_REFINED)[-_REFINED:])
+            row[best] = self.vectors[best].astype(np.float32) @ query
+        return found
+
     @functools.cached_property
-    def vectors32(self) -> NDArray[np.float32]:
-        """Card vectors (N, 384) as float32: products of float16 are not vectorised."""
+    def _vectors32(self) -> NDArray[np.float32]:
         return self.vectors.astype(np.float32)
+
+    @functools.cached_property
+    def _coarse(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The directions (384, 64) that vary most over a sample of cards, and the cards along them (N, 64)."""
+        sample = self.vectors[:: max(self.n_cards // 8192, 1)].astype(np.float32)
+        _, basis = np.linalg.eigh(sample.T @ sample)
+        directions = np.ascontiguousarray(basis[:, -_DIRECTIONS:])
+        parts = [part.astype(np.float32) @ directions for part in np.array_split(self.vectors, self.n_cards // 4096)]
+        return directions, np.concatenate(parts)
 
     @functools.cached_property
     def phrase_vectors32(self) -> NDArray[np.float32]:
@@ -112,8 +137,8 @@ def documents(cards: Sequence[Card]) -> list[list[str]]:
     ]
 
 
-def build_index(cards: Sequence[Card], encoder: Encoder, *, digest: str) -> Index:
-    """Build the index of ``cards``; the order of ids is the order given."""
+def build_index(cards: Sequence[Card], encoder: Encoder, *, digest: str, old: Index | None = None) -> Index:
+    """Build the index of ``cards``; the order of ids is the order given. Texts that ``old`` knows are not encoded again."""
     texts = documents(cards)
     vocabulary = {term: i for i, term in enumerate(sorted({t for text in texts for t in text}))}
     fields = [[vocabulary[t] for t in dict.fromkeys(field)] for card in cards for field in card_fields(card)]
@@ -130,9 +155,10 @@ def build_index(cards: Sequence[Card], encoder: Encoder, *, digest: str) -> Inde
         df=df,
         field_start=np.concatenate([[0], np.cumsum([len(f) for f in fields])]).astype(np.int64),
         field_terms=np.array([t for field in fields for t in field], np.int32),
-        vectors=encoder.encode([card_text(card) for card in cards]).astype(np.float16),
+        text_keys=(text_keys := _text_keys([card_text(card) for card in cards])),
+        vectors=_vectors(cards, text_keys, encoder, old),
         phrases=phrases,
-        phrase_vectors=encoder.encode(list(phrases)).astype(np.float16),
+        phrase_vectors=_phrase_vectors(phrases, encoder, old),
         card_class=np.array([phrases.get(_phrase(card.class_noun), -1) for card in cards], np.int32),
         spellings=spellings,
         gram_ids=gram_ids,
@@ -140,6 +166,33 @@ def build_index(cards: Sequence[Card], encoder: Encoder, *, digest: str) -> Inde
         gram_words=gram_words,
         triggers=_triggers(cards, encoder, vocabulary, df),
     )
+
+
+def _text_keys(texts: Sequence[str]) -> NDArray[np.int64]:
+    """Return 64 bits of each text's hash."""
+    hashes = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return np.frombuffer(b"".join(hashes), np.int64)
+
+
+def _vectors(
+    cards: Sequence[Card], keys: NDArray[np.int64], encoder: Encoder, old: Index | None
+) -> NDArray[np.float16]:
+    """Return the card vectors (N, 384); cards with equal texts share one encoding."""
+    place = {} if old is None else {int(key): i for i, key in enumerate(old.text_keys)}
+    new = {int(key): card_text(card) for key, card in zip(keys, cards, strict=True) if int(key) not in place}
+    fresh = dict(zip(new, encoder.encode(list(new.values())).astype(np.float16), strict=True))
+    found = np.zeros((len(cards), WIDTH), np.float16)
+    for row, key in enumerate(keys.tolist()):
+        found[row] = fresh[key] if old is None or key in fresh else old.vectors[place[key]]
+    return found
+
+
+def _phrase_vectors(phrases: dict[str, int], encoder: Encoder, old: Index | None) -> NDArray[np.float16]:
+    known = {} if old is None else old.phrases
+    new = [phrase for phrase in phrases if phrase not in known]
+    fresh = dict(zip(new, encoder.encode(new).astype(np.float16), strict=True))
+    rows = [fresh[p] if old is None or p in fresh else old.phrase_vectors[known[p]] for p in phrases]
+    return np.stack(rows) if rows else np.zeros((0, WIDTH), np.float16)
 
 
 def _triggers(
@@ -193,7 +246,7 @@ def _gram_postings(vocabulary: list[str]) -> tuple[dict[str, int], NDArray[np.in
 
 
 _ARRAYS = (
-    "df", "field_start", "field_terms", "vectors", "phrase_vectors", "card_class", "gram_start", "gram_words",
+    "text_keys", "df", "field_start", "field_terms", "vectors", "phrase_vectors", "card_class", "gram_start", "gram_words",
 )  # fmt: skip
 _LISTS = ("vocabulary", "phrases", "spellings", "gram_ids")
 
@@ -210,11 +263,11 @@ def save_index(index: Index, folder: Path) -> None:
     (folder / "index.json").write_text(json.dumps(text, ensure_ascii=False))
 
 
-def load_index(folder: Path, *, digest: str) -> Index | None:
-    """Return the index in ``folder`` if it is whole and of these cards, else None: it is then built again."""
+def load_index(folder: Path, *, digest: str | None) -> Index | None:
+    """Return the index in ``folder`` if it is whole and of these cards (None: of any), else None: build it again."""
     try:
         text = json.loads((folder / "index.json").read_bytes())
-        if text["version"] != VERSION or text["digest"] != digest:
+        if text["version"] != VERSION or digest not in (None, text["digest"]):
             return None
         index = _assemble(text, map_safetensors(folder / "index.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
