@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.commands import drawing_options, exporting_options, serving_options
+from runtime.commands import asking_options, drawing_options, exporting_options, serving_options
 from runtime.console import Commands, Result, each_line, progress, reports, start_logging, talk
 from runtime.gate.command import verify_command
 
@@ -62,8 +62,7 @@ def add(sources: tuple[Path, ...], cards: Path | None, base: str, card_id: str, 
     for source in sources:
         result += repository.add(source, base=base, card_id=card_id, replace=replace, adult=adult)
     result += repository.add_cards(cards, adult=adult) if cards else AddResult()
-    for refused in result.refused:
-        click.echo(f"personalq: {refused.reason}", err=True)
+    click.echo("".join(f"personalq: {refused.reason}\n" for refused in result.refused), err=True, nl=False)
     return Result({**result.to_json(), "bases": bases}, code=1 if result.refused else 0)
 
 
@@ -115,10 +114,8 @@ def index() -> Result:
 
 @cli.command()
 @click.argument("request", required=False)
-@click.option("--answer", "answers", multiple=True, help="Answer to the question asked; repeat for later ones.")
 @click.option("--batch", type=PATH, help='JSONL file of {"request": ..., "answers": [...]}; one JSON object a line.')
-@click.option("--llm", metavar="URL", help="Let a model at this OpenAI-compatible endpoint judge the shortlist.")
-@click.option("--llm-model", default="", metavar="NAME", help="The model's name there. Key: $OPENAI_API_KEY.")
+@asking_options
 @reports
 def ask(request: str | None, answers: tuple[str, ...], batch: Path | None, llm: str | None, llm_model: str) -> Result:
     """Find the checkpoint a REQUEST means, and write its prompt."""

@@ -25,6 +25,11 @@ _EXPORTING = (
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of a TensorRT plan: docs/tensorrt.md."),
     click.option("--lint", type=click.Choice(["trt"]), help="Say what a TensorRT builder would not take."),
 )
+_ASKING = (
+    click.option("--answer", "answers", multiple=True, help="Answer to the question asked; repeat for later ones."),
+    click.option("--llm", metavar="URL", help="Let a model at this OpenAI-compatible endpoint judge the shortlist."),
+    click.option("--llm-model", default="", metavar="NAME", help="The model's name there. Key: $OPENAI_API_KEY."),
+)
 _SERVING = (
     click.option("--host", default="127.0.0.1", show_default=True),
     click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True),
@@ -44,6 +49,11 @@ Command = Callable[..., Any]
 def exporting_options(command: Command) -> Command:
     """Give a command the options of `personalq export`."""
     return _with(_EXPORTING, command)
+
+
+def asking_options(command: Command) -> Command:
+    """Give a command the options of `personalq ask` that say who decides."""
+    return _with(_ASKING, command)
 
 
 def drawing_options(command: Command) -> Command:
