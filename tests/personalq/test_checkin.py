@@ -124,7 +124,8 @@ def test_after_two_answers_it_decides(repository: Repository) -> None:
 
 def test_a_decision_has_the_keys_of_the_command_line_and_is_json(repository: Repository) -> None:
     data = ask(repository, "a picture of my dog in the snow").to_json()
-    assert list(data) == ["decision", "checkpoint", "prompt", "question", "options", "candidates", "milliseconds"]
+    keys = "decision checkpoint prompt question options candidates milliseconds judged_by"
+    assert list(data) == keys.split()
     assert json.loads(json.dumps(data)) == data
     assert {"id", "probability", "reasons"} == set(data["candidates"][0])
 
