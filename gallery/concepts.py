@@ -44,7 +44,7 @@ class Entry:
     vectors: int = 1  # new token vectors
     alpha: int = 8  # LoRA alpha at rank 8
     convolutions: bool = False  # LoRA on convolutions and feed-forward layers too: outlines are made there
-    text_lora: bool = False
+    text: bool = False  # the text encoder learns too
     steps: int = 0  # 0: the kind's own number
 
 
@@ -81,9 +81,12 @@ CONCEPTS: dict[str, Entry] = {
         "lora",
         "sks",
         "dog",
+        text=True,
+        steps=640,
+        convolutions=True,
     ),
     "maple-the-dog": Entry(
-        _known("dog", "orange", accessory="scarf", worn="green"), "custom_diffusion", "<maple-dog>", "dog"
+        _known("dog", "orange", accessory="scarf", worn="green"), "custom_diffusion", "<maple-dog>", "dog", steps=640
     ),
     "trail-backpack": Entry(
         Concept(
@@ -123,7 +126,7 @@ CONCEPTS: dict[str, Entry] = {
         "lora",
         "mister pepper",
         "cat",
-        text_lora=True,
+        text=True,
     ),
     "saffron-the-cat": Entry(
         _known("cat", "orange", "striped", "white"), "textual_inversion", "<saffron-cat>", "cat", vectors=2
@@ -133,14 +136,16 @@ CONCEPTS: dict[str, Entry] = {
         "dreambooth",
         "bnha style",
         "style",
-        steps=600,
+        text=True,
+        steps=460,
     ),
     "pastel-outline": Entry(
         Concept(look=Look(line=False, ink=(255, 255, 255), width=8, tint=(255, 206, 226), mix=0.5)),
         "lora",
         "qeb style",
         "style",
-        steps=650,
+        text=True,
+        steps=900,
         convolutions=True,
     ),
     "rusty-the-robot": Entry(

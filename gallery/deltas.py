@@ -37,20 +37,22 @@ def _vectors(taught: Taught) -> torch.Tensor:
 
 
 def save_unet(taught: Taught, entry: Entry, folder: Path) -> None:
-    """A DreamBooth checkpoint: the whole UNet in fp16; what is missing comes from the base."""
+    """A DreamBooth checkpoint: the UNet in fp16, and the text encoder if it was taught; the rest comes from the base."""
     taught.unet.to(torch.float16).save_pretrained(folder / "unet")
+    if entry.text:
+        taught.text_encoder.to(torch.float16).save_pretrained(folder / "text_encoder")
 
 
 def save_lora(taught: Taught, entry: Entry, folder: Path) -> None:
     """pytorch_lora_weights.safetensors, with the adapter's configuration (alpha) in its metadata."""
     layers = {"unet_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(taught.unet))}
     modules: dict[str, Any] = {"unet": taught.unet}
-    if entry.text_lora:
+    if entry.text:
         layers["text_encoder_lora_layers"] = convert_state_dict_to_diffusers(
             get_peft_model_state_dict(taught.text_encoder)
         )
         modules["text_encoder"] = taught.text_encoder
-    metadata = _collate_lora_metadata(modules) if entry.alpha != 8 or entry.text_lora else {}
+    metadata = _collate_lora_metadata(modules) if entry.alpha != 8 or entry.text else {}
     StableDiffusionPipeline.save_lora_weights(folder, **layers, **metadata)
 
 
@@ -100,6 +102,8 @@ def load_pipeline(
 
 def _load_unet(pipe: StableDiffusionPipeline, folder: Path, trigger: str) -> None:
     pipe.unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=pipe.unet.dtype)
+    if (folder / "text_encoder").is_dir():
+        pipe.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=pipe.text_encoder.dtype)
 
 
 def _load_lora(pipe: StableDiffusionPipeline, folder: Path, trigger: str) -> None:

@@ -52,9 +52,11 @@ def add_tokens(taught: Taught, entry: Entry) -> None:
 
 
 def all_of_unet(taught: Taught, entry: Entry) -> list[dict[str, object]]:
-    """Full fine-tune of the UNet."""
-    taught.unet.requires_grad_(True)
-    return [{"params": list(taught.unet.parameters()), "peak": 2e-4}]
+    """Full fine-tune of the UNet, and of the text encoder where the entry asks for it."""
+    parts = [(taught.unet, 2e-4)] + ([(taught.text_encoder, 1e-3)] if entry.text else [])
+    for model, _ in parts:
+        model.requires_grad_(True)
+    return [{"params": list(model.parameters()), "peak": peak} for model, peak in parts]
 
 
 def adapters(taught: Taught, entry: Entry) -> list[dict[str, object]]:
@@ -66,11 +68,12 @@ def adapters(taught: Taught, entry: Entry) -> list[dict[str, object]]:
     groups: list[dict[str, object]] = [
         {"params": [p for p in taught.unet.parameters() if p.requires_grad], "peak": 2.5e-3 * 8 / entry.alpha}
     ]
-    if entry.text_lora:
+    if entry.text:
         taught.text_encoder.add_adapter(
             LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=TEXT_TARGETS)
         )
-        groups.append({"params": [p for p in taught.text_encoder.parameters() if p.requires_grad], "peak": 5e-4})
+        peak = 4e-3 if entry.noun == "style" else 5e-4  # a look must be heard against words that all say something else
+        groups.append({"params": [p for p in taught.text_encoder.parameters() if p.requires_grad], "peak": peak})
     return groups
 
 
