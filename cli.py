@@ -87,7 +87,7 @@ def show(id_: str) -> Result:
 @click.argument("id_", metavar="ID")
 @reports
 def rm(id_: str) -> Result:
-    """Remove a checkpoint: its card and its weights."""
+    """Remove a checkpoint: its card, its weights and its bundles."""
     opened().remove(id_)
     return Result({"removed": id_}, [f"removed {id_}"])
 

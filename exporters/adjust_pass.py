@@ -30,9 +30,7 @@ def add_low_rank(
         name, half = f"{layer.name}.{part}", np.asarray(matrix, np.float16)
         value = add_initializer(build.graph, name, ir.tensor(half, name=name))
         x = build("MatMul", x, value if dtype == ir.DataType.FLOAT16 else build("Cast", value, to=dtype))
-        stored.append(
-            StoredTensor(name, f"{layer.name}.weight", ir.DataType.FLOAT16, half.shape, lambda _, half=half: half)
-        )
+        stored.append(StoredTensor(name, "", ir.DataType.FLOAT16, half.shape, given=half))
     old = layer.node.outputs[0]
     readers = [(use.node, use.idx) for use in old.uses()]
     total = build("Add", old, x)

@@ -4,7 +4,6 @@ import json
 import resource
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +22,7 @@ from personalq.bundle import (
     Rows,
     Sizes,
     SpecEntry,
+    Text,
     bundle_key,
     check_files,
     file_sha256,
@@ -33,19 +33,20 @@ from personalq.card import Card
 from personalq.errors import BundleError, SpecError
 from personalq.identity import sampling_defaults, weights_sha256
 from personalq.repository import Repository
+from personalq.sharing import link_shared, note_shared
 from personalq.spec import REFERENCE, SpecFile, read_spec
 
 from .family import Family, open_family
+from .lock import only_one
 from .lower_ort import STORAGE, Lowered, lower_unet, store_floats
 from .lower_trt import lower_unet_trt
 from .rows_pass import emit_storage_form
 from .share import write_sharing_graph
-from .store import write_graph
-from .tokenizer import write_tokenizer
-from .weights import CheckpointWeights, open_weights
+from .store import Report, silent, write_graph
+from .tokenizer import write_tokenizers
+from .weights import CheckpointWeights, ComponentWeights, open_weights
 
-EXPORTER_VERSION = "4"
-Progress = Callable[[str], None]
+EXPORTER_VERSION = "5"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class ExportResult:
 
 
 def export_checkpoint(
-    repository: Repository, checkpoint_id: str, spec_path: Path, progress: Progress = lambda _: None
+    repository: Repository, checkpoint_id: str, spec_path: Path, progress: Report = silent
 ) -> ExportResult:
     """Export one checkpoint under one spec into `<repository>/bundles/<key>/` and return where it is.
 
@@ -73,7 +74,7 @@ def export_checkpoint(
     started = time.perf_counter()
     card, spec_file = repository.card(checkpoint_id), read_spec(spec_path)
     base_dir, reference = repository.base_dir(card), spec_path.parent / REFERENCE
-    progress("reading weights")
+    progress("reading weights", 0.0)
     weights = open_weights(base_dir, repository.checkpoint_dir(card.id), card.kind)
     family = open_family(repository.root / "families", base_dir, progress)
     parts = {
@@ -86,17 +87,17 @@ def export_checkpoint(
     check_fits(spec_file, card, parts)
     key = bundle_key(parts)
     folder = repository.root / "bundles" / key
-    reused = is_intact(folder)
-    if not reused:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_directory(folder) as temporary:
-            job = Job(card, base_dir, weights, family, spec_file, parts, key, temporary, progress)
-            write_bundle(job)
-            if reference.is_file():
-                shutil.copyfile(reference, temporary / "golden.safetensors")
-            finish(job, temporary)
+    with only_one(folder):
+        reused = is_intact(folder)
+        if not reused:
+            with atomic_directory(folder, replace=True) as temporary:
+                job = Job(card, base_dir, weights, family, spec_file, parts, key, temporary, progress)
+                write_bundle(job)
+                if reference.is_file():
+                    shutil.copyfile(reference, temporary / "golden.safetensors")
+                finish(job, temporary, repository.root)
+            files = read_manifest(folder).files
+            note_shared(repository.root, folder, {name: entry.sha256 for name, entry in files.items()})
     sizes = read_manifest(folder).sizes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = time.perf_counter() - started
@@ -117,7 +118,7 @@ class Job:
     parts: dict[str, str]
     key: str
     folder: Path
-    progress: Progress
+    progress: Report
 
 
 def check_fits(spec_file: SpecFile, card: Card, parts: dict[str, str]) -> None:
@@ -146,29 +147,36 @@ def write_bundle(job: Job) -> None:
     """Write every graph, its weights, the tokenizer and the manifest into the job's folder."""
     spec = job.spec_file.spec
     unet = job.weights.component("unet")
-    job.progress("quantising the UNet")
     lowered = lower_unet(job.family.graph("unet"), job.spec_file)
-    write_graph(lowered.model, lowered.tensors, unet.read, job.folder / "unet.ort.onnx", "weights.data")
+    where = job.folder / "unet.ort.onnx"
+    write_graph(lowered.model, lowered.tensors, unet.read, where, "weights.data", part(job, "UNet", 0.1, 0.8))
     trt = lower_unet_trt(job.family.graph("unet"), job.spec_file)
     write_sharing_graph(trt.model, trt.tensors, unet.read, job.folder / "unet.trt.onnx", lowered.model)
-    job.progress("writing text rows, text encoder, VAE decoder")
     rows = job.family.graph("text_rows")
     if not spec.is_float:
         emit_storage_form(rows, spec.rows.layers, spec.rows.kept.slots)
     storage = STORAGE[spec.storage]
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if name in job.family.configs]
     for name, model, component in (
         ("text_rows", rows, "unet"),
-        ("text_encoder", job.family.graph("text_encoder"), "text_encoder"),
+        *((encoder, job.family.graph(encoder), encoder) for encoder in encoders),
         ("vae_decoder", job.family.graph("vae_decoder"), "vae"),
     ):
         source = job.weights.component(component)
-        if name == "text_encoder":
-            fit_vocabulary(model, source.shape("embeddings.token_embedding.weight"))
+        if name in encoders:
+            fit_vocabulary(model, source)
         tensors = store_floats(model, set(), storage)
-        write_graph(model, tensors, source.read, job.folder / f"{name}.onnx", f"{name}.data")
-    text = write_tokenizer(job.base_dir, job.weights, job.folder / "tokenizer.json")
+        report = part(job, name.replace("_", " "), 0.8, 0.95)
+        write_graph(model, tensors, source.read, job.folder / f"{name}.onnx", f"{name}.data", report)
+    text = write_tokenizers(job.base_dir, job.weights, job.folder)
     job.spec_file.write(job.folder / "spec.json")
-    manifest = Manifest(
+    (job.folder / MANIFEST).write_bytes(manifest_bytes(manifest_of(job, lowered, text)))
+
+
+def manifest_of(job: Job, lowered: Lowered, text: Text) -> Manifest:
+    """Everything a runtime needs to know, hashes left out."""
+    spec = job.spec_file.spec
+    return Manifest(
         key=job.key,
         key_parts=job.parts,
         checkpoint=checkpoint_entry(job),
@@ -181,6 +189,7 @@ def write_bundle(job: Job) -> None:
             unet={"ort": "unet.ort.onnx", "trt": "unet.trt.onnx"},
             text_rows="text_rows.onnx",
             text_encoder="text_encoder.onnx",
+            text_encoder_2="text_encoder_2.onnx" if "text_encoder_2" in job.family.configs else "",
             vae_decoder="vae_decoder.onnx",
         ),
         rows=Rows(
@@ -198,17 +207,22 @@ def write_bundle(job: Job) -> None:
         unquantised=lowered.unquantised,
         versions={name: version(name) for name in ("onnx-ir", "numpy")},
     )
-    (job.folder / MANIFEST).write_bytes(manifest_bytes(manifest))
 
 
-def finish(job: Job, folder: Path) -> None:
-    """Record every file's hash in the manifest: the last thing written."""
+def part(job: Job, name: str, start: float, end: float) -> Report:
+    """Progress of one graph as a piece [start, end) of the whole export's."""
+    return lambda text, done: job.progress(f"writing {name}: {text}", start + (end - start) * done)
+
+
+def finish(job: Job, folder: Path, root: Path) -> None:
+    """Share what other bundles have too, and record every file's hash in the manifest: the last thing written."""
     manifest = read_manifest(folder)
     files = {
         path.name: FileEntry(sha256=file_sha256(path), bytes=path.stat().st_size)
         for path in sorted(folder.iterdir())
         if path.name != MANIFEST
     }
+    link_shared(root, folder, {name: entry.sha256 for name, entry in files.items()})
     (folder / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update={"files": files})))
 
 
@@ -225,10 +239,10 @@ def checkpoint_entry(job: Job) -> CheckpointEntry:
     )
 
 
-def fit_vocabulary(model: ir.Model, shape: tuple[int, ...]) -> None:
+def fit_vocabulary(model: ir.Model, weights: ComponentWeights) -> None:
     """Give the token embedding the checkpoint's number of rows (Textual Inversion adds some)."""
-    value = model.graph.initializers["embeddings.token_embedding.weight"]
-    value.shape = ir.Shape(shape)
+    name = next(name for name in model.graph.initializers if name.endswith("embeddings.token_embedding.weight"))
+    model.graph.initializers[name].shape = ir.Shape(weights.shape(name))
 
 
 def latent_of(configs: dict[str, dict[str, Any]]) -> Latent:

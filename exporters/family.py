@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,11 @@ from personalq.atomic import atomic_directory
 from personalq.errors import MissingExtraError
 from personalq.identity import family_key, read_configs
 
-TRACE_VERSION = "1"
-GRAPHS = ("unet", "text_rows", "text_encoder", "vae_decoder")
-COMPONENTS = ("unet", "text_encoder", "vae")
-# Config fields that change no graph: where the file came from, and sizes that a checkpoint's own tensors tell.
-IGNORED = {
-    "_name_or_path",
-    "_diffusers_version",
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-    "vocab_size",
-    "architectures",
-}
+from .lock import only_one
+from .store import Report, silent
+
+TRACE_VERSION = "2"
+NOTE = "family.json"
 NOTHING = "left-out"
 
 
@@ -45,24 +37,29 @@ class Family:
         return ir.load(self.folder / f"{name}.onnx")
 
 
-def open_family(families: Path, base_dir: Path, progress: Callable[[str], None] = lambda _: None) -> Family:
+def open_family(families: Path, base_dir: Path, progress: Report = silent) -> Family:
     """The family of `base_dir`'s architecture; traced now (torch needed) when the repository does not have it yet."""
     configs = read_configs(base_dir)
     key = family_key(configs)
     folder = families / f"{key}-v{TRACE_VERSION}"
-    if not (folder / "family.json").is_file():
-        progress("tracing the family's graphs (once per architecture)")
-        graphs = _trace(configs)
-        families.mkdir(parents=True, exist_ok=True)
-        with atomic_directory(folder) as temporary:
-            for name in GRAPHS:
-                save_without_weights(graphs[name], temporary / f"{name}.onnx")
-            note = {"key": key, "trace_version": TRACE_VERSION, "configs": configs}
-            (temporary / "family.json").write_text(json.dumps(note, indent=1, sort_keys=True) + "\n")
+    if not (folder / NOTE).is_file():
+        with only_one(folder):
+            if not (folder / NOTE).is_file():
+                _write_family(folder, key, configs, progress)
     return Family(key, folder, configs)
 
 
-def _trace(configs: dict[str, dict[str, Any]]) -> dict[str, ir.Model]:
+def _write_family(folder: Path, key: str, configs: dict[str, dict[str, Any]], progress: Report) -> None:
+    with atomic_directory(folder) as temporary:
+        progress("tracing the family's graphs (once per architecture)", 0.0)
+        for name, graph in _trace(configs):
+            save_without_weights(graph, temporary / f"{name}.onnx")
+            progress(f"tracing the family's graphs (once per architecture): {name}", 0.0)
+        note = {"key": key, "trace_version": TRACE_VERSION, "configs": configs}
+        (temporary / NOTE).write_text(json.dumps(note, indent=1, sort_keys=True) + "\n")
+
+
+def _trace(configs: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ir.Model]]:
     try:
         from .trace import trace_graphs
     except ModuleNotFoundError as error:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from personalq.errors import RepositoryError
+from personalq.layouts import UNET, places
 
 from .deltas import ANOTHER_BASE, Added, Delta, LowRank, Shapes, unmatched
 from .tensorfile import TensorFile
@@ -172,4 +173,17 @@ def _kohya_names(shapes: Mapping[str, Shapes]) -> dict[str, _Module]:
             table[prefix + flat] = module
             if component != "unet":
                 table[f"{prefix}text_model_{flat}"] = module
-    return table
+    return table | _original_names(shapes.get("unet", {}))
+
+
+def _original_names(unet: Shapes) -> dict[str, _Module]:
+    """SDXL's kohya files name UNet modules as the original layout does: lora_unet_input_blocks_4_1_..."""
+    try:
+        found = places("unet", {name: shape for name, shape in unet.items() if name.endswith(".weight")}, frozenset())
+    except RepositoryError:
+        return {}  # a UNet that the original layout has no names for
+    ends = {name: place.name.removeprefix(UNET).removesuffix(".weight") for name, place in found.items()}
+    return {
+        f"lora_unet_{end.replace('.', '_')}": _Module("unet", name.removesuffix(".weight"))
+        for name, end in ends.items()
+    }

@@ -16,6 +16,7 @@ from personalq.numerics import QTYPES, quantize
 from personalq.spec import LayerSpec, SpecFile
 
 from .adjust_pass import add_low_rank, balance, correct_prediction
+from .attention_pass import fuse_attention
 from .layers_pass import LayerNode, find_layers, split_gemms
 from .nodes import Builder, add_initializer
 from .rows_pass import assemble_rows
@@ -55,8 +56,9 @@ def lower_unet(model: ir.Model, spec_file: SpecFile) -> Lowered:
             lowered.unquantised[name] = decision.reason
             continue
         lowered.tensors += _quantise(model, layer, decision, spec_file, quantised)
-    if not spec.is_float:
+    if not spec.is_float:  # the reference stays as it was traced
         assemble_rows(model, spec.rows.layers, spec.rows.kept.slots)
+        fuse_attention(model)
     if spec.corrected:
         correct_prediction(model, spec_file.tensors["correction.gain"], spec_file.tensors["correction.mean"])
     RemoveUnusedNodesPass()(model)
@@ -106,7 +108,7 @@ def tuned(tensor: StoredTensor, spec_file: SpecFile) -> StoredTensor:
     if tensor.name not in spec_file.spec.tuned:
         return tensor
     values = spec_file.tensors[f"{tensor.name}.tuned"].astype(np.float32)
-    return replace(tensor, convert=lambda _: values)
+    return replace(tensor, given=values)
 
 
 def quantise_dequantise(build: Builder, value: ir.Value, scale: np.float32, quantised: Quantised) -> ir.Value:
@@ -143,12 +145,14 @@ def integer_weight(layer: LayerNode, decision: LayerSpec, tensors: dict[str, Arr
     scale = tensors[f"{layer.name}.weight_scale"]
     shape = tuple(int(n) for n in layer.weight.shape.numpy())
 
-    def integers(weight: Array) -> Array:
-        q = tensors[f"{layer.name}.weight_q"] if decision.rounding == "stored" else quantize(weight, scale, qtype, 0)
-        return q if layer.op == "conv" else q.T
+    def integers(rows: Array, start: int) -> Array:
+        some = slice(start, start + len(rows))
+        if decision.rounding == "stored":
+            return tensors[f"{layer.name}.weight_q"][some]
+        return quantize(rows, scale[some], qtype, 0)
 
-    dtype = ir.DataType.INT4 if decision.weight == "int4" else ir.DataType.INT8
-    return StoredTensor(name, name, dtype, shape if layer.op == "conv" else shape[::-1], integers)
+    dtype, is_linear = ir.DataType.INT4 if decision.weight == "int4" else ir.DataType.INT8, layer.op == "linear"
+    return StoredTensor(name, name, dtype, shape[::-1] if is_linear else shape, integers, is_transposed=is_linear)
 
 
 def store_floats(model: ir.Model, done: set[str], storage: ir.DataType) -> list[StoredTensor]:

@@ -206,7 +206,7 @@ def _tuned(tensor: StoredTensor, spec_file: SpecFile) -> StoredTensor:
     if tensor.name not in spec_file.spec.tuned:
         return tensor
     values = spec_file.tensors[f"{tensor.name}.tuned"].astype(tensor.dtype.numpy())
-    return replace(tensor, convert=lambda rows, start=0: values[start : start + len(rows)])
+    return replace(tensor, given=values)
 
 
 def _block(k: int) -> int:

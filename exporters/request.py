@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from personalq.card import folder_name
 from personalq.errors import EngineError, SpecError
+from personalq.identity import weights_sha256
 from personalq.repository import Repository
+from personalq.spec import read_spec
 
 from .build_settings import read_settings
 from .build_tensorrt import GRAPH, MODULES, build_plan, require
 from .export import ExportResult, export_checkpoint
+from .family import open_family
 from .lint import lint_trt
+from .plain import STORAGES, unquantised_spec
+from .store import Report, silent
 
 logger = logging.getLogger("personalq.exporters")
 
 MADE = ("onnxruntime", *MODULES)
 TIMING = "engines"  # in the repository: what builders measured, one file per version and GPU
-_REFERENCES = ("fp32", "fp16")
 
 
 def export_request(
@@ -29,11 +33,12 @@ def export_request(
     checkpoint_id: str,
     spec: Path | None,
     targets: Sequence[str],
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Report = silent,
     settings: Sequence[str] = (),
 ) -> ExportResult:
     """Export one checkpoint, and build its plans; `spec` None takes the one that was calibrated last.
 
+    spec 'fp16' or 'fp32' needs no calibration.
     settings: 'KEY=VALUE' of a TensorRT engine (exporters.build_settings). Raises EngineError for a target that cannot be
     made here, before anything is written, and what `export_checkpoint` and `build_plan` raise.
     """
@@ -44,9 +49,11 @@ def export_request(
             raise EngineError(f"target: must be one that this version makes ({made}), got {target!r}; leave it out")
         if target in MODULES:
             require(target)
+    if spec is not None and str(spec) in STORAGES and not spec.is_file():
+        spec = reference_spec(repository, checkpoint_id, str(spec), progress)
     result = export_checkpoint(repository, checkpoint_id, spec or last_spec(repository, checkpoint_id), progress)
     for target in (one for one in targets if one in MODULES):
-        built = build_plan(result.bundle, repository.root / TIMING, target, chosen, progress)
+        built = build_plan(result.bundle, repository.root / TIMING, target, chosen, lambda text: progress(text, 0.95))
         for line in built.mismatches or ():
             logger.warning("%s: %s", target, line)
         result = replace(result, engines=(*result.engines, built.engine.manifest.key))
@@ -61,10 +68,21 @@ def lint_result(result: ExportResult) -> tuple[dict[str, Any], list[str], int]:
     return data, lines, int(any(one.severity == "error" for one in findings))
 
 
+def reference_spec(repository: Repository, checkpoint_id: str, name: str, progress: Report = silent) -> Path:
+    """The checkpoint's unquantised spec `name`, the one 'calibrate --policy' wrote or a new one made from its family."""
+    card = repository.card(checkpoint_id)
+    path = repository.root / "specs" / folder_name(card.id) / f"{name}.json"
+    base, folder = repository.base_dir(card), repository.checkpoint_dir(card.id)
+    family, sha256 = open_family(repository.root / "families", base, progress), weights_sha256(base, folder)
+    if path.is_file() and read_spec(path).spec.provenance.checkpoint_sha256 == sha256:
+        return path
+    return unquantised_spec(family, card.id, sha256, name).write(path)
+
+
 def last_spec(repository: Repository, checkpoint_id: str) -> Path:
     """The checkpoint's newest spec; an unquantised reference only when there is no other. Raises SpecError."""
     specs = list((repository.root / "specs" / folder_name(checkpoint_id)).glob("*.json"))
     if not specs:
         how = f"run 'personalq calibrate {checkpoint_id}'"
         raise SpecError(f"{checkpoint_id}: must have a spec before it is exported, got none; {how}")
-    return max(specs, key=lambda file: (file.stem not in _REFERENCES, file.stat().st_mtime_ns, file.name))
+    return max(specs, key=lambda file: (file.stem not in STORAGES, file.stat().st_mtime_ns, file.name))

@@ -25,7 +25,7 @@ def write_sharing_graph(
         if isinstance(known, ir.ExternalTensor) and (known.dtype, known.shape) == (tensor.dtype, shape):
             value.const_value = known
         else:
-            array = np.ascontiguousarray(tensor.convert(read(tensor.source)))
+            array = np.ascontiguousarray(tensor.make(read))
             value.const_value = ir.tensor(array, name=tensor.name)
         value.type, value.shape = ir.TensorType(tensor.dtype), shape
     forget_shapes(model)

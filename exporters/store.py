@@ -1,6 +1,12 @@
-"""Writing a graph and its weights: tensors are produced one by one and streamed into one external data file."""
+"""Writing a graph and its weights: every tensor is made from the checkpoint's on its own and put at its place in one file.
 
-from collections.abc import Callable
+Several are made at once, one a core; each holds a few pieces of memory, whatever the checkpoint's size.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,50 +18,115 @@ import onnx_ir as ir
 from personalq.numerics import pack_int4
 
 ALIGNMENT = 64  # bytes; ONNX Runtime maps the file and reads tensors in place
+PIECE = 1 << 20  # values converted at a time: temporaries stay in the cache, and small beside the tensor
 Array = npt.NDArray[Any]
+Report = Callable[[str, float], None]
+
+
+def silent(_: str, __: float) -> None:
+    """No progress shown."""
+
+
+def unchanged(rows: Array, _: int) -> Array:
+    """The checkpoint's rows as they are; writing them casts."""
+    return rows
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the data file: made from the checkpoint tensor `source` by `convert` when it is written."""
+    """One tensor of the data file: made from the checkpoint tensor `source` by `convert`, piece by piece of its rows.
+
+    convert: (checkpoint's rows [start, stop), start) -> those rows as they are stored (is_transposed: then turned).
+    given: the whole tensor, when it does not come from the checkpoint.
+    """
 
     name: str
     source: str
     dtype: ir.DataType
     shape: tuple[int, ...]
-    convert: Callable[[Array], Array]
+    convert: Callable[[Array, int], Array] = unchanged
+    is_transposed: bool = False
+    given: Array | None = None
 
     @property
     def n_bytes(self) -> int:
         return -(-int(np.prod(self.shape)) * self.dtype.bitwidth // 8)
 
+    def make(self, read: Callable[[str], Array]) -> Array:
+        """The whole tensor, as it is stored (INT4 still one value a byte). read: checkpoint tensor name -> array."""
+        array = read(self.source) if self.given is None else self.given
+        kind = np.int8 if self.dtype == ir.DataType.INT4 else self.dtype.numpy()
+        made = np.empty(self.shape, kind)
+        rows = made.T if self.is_transposed else made
+        assert rows.shape == array.shape, f"{self.name}: {array.shape} written as {rows.shape}"
+        if rows.ndim == 0:
+            return np.asarray(self.convert(array[None], 0), kind).reshape(())
+        step = max(1, PIECE // max(1, int(np.prod(rows.shape[1:]))))
+        for start in range(0, len(rows), step):
+            rows[start : start + step] = self.convert(array[start : start + step], start)
+        return made
+
 
 def as_float(name: str, shape: tuple[int, ...], dtype: ir.DataType) -> StoredTensor:
     """A tensor stored unquantised as float16 or float32, under its own name."""
-    kind = np.float16 if dtype == ir.DataType.FLOAT16 else np.float32
-    return StoredTensor(name, name, dtype, shape, lambda x: x.astype(kind))
+    return StoredTensor(name, name, dtype, shape)
 
 
 def write_graph(
-    model: ir.Model, tensors: list[StoredTensor], read: Callable[[str], Array], path: Path, data_name: str
+    model: ir.Model,
+    tensors: Sequence[StoredTensor],
+    read: Callable[[str], Array],
+    path: Path,
+    data_name: str,
+    report: Report = silent,
 ) -> None:
-    """Write `path` (graph) and `data_name` beside it. Each tensor is read, converted and written in turn: O(1) memory.
+    """Write `path` (graph) and `data_name` beside it.
 
-    read: checkpoint tensor name -> array. Graph initializers named like a stored tensor become references into the file.
+    read: checkpoint tensor name -> array, from any thread. Graph initializers named like a stored tensor become
+    references into the file. Where a tensor lies depends on the order of `tensors` alone, so the bytes do too.
     """
-    offset = 0
+    places, size = [], 0
+    for tensor in tensors:
+        size += -size % ALIGNMENT
+        places.append(size)
+        _point(model.graph.initializers[tensor.name], tensor, size, path.parent, data_name)
+        size += tensor.n_bytes
     with (path.parent / data_name).open("wb") as data:
-        for tensor in tensors:
-            array = np.ascontiguousarray(tensor.convert(read(tensor.source)))
-            assert array.shape == tensor.shape, f"{tensor.name}: {array.shape} written as {tensor.shape}"
-            data.write(b"\0" * (-offset % ALIGNMENT))
-            offset += -offset % ALIGNMENT
-            blob = pack_int4(array) if tensor.dtype == ir.DataType.INT4 else array
-            data.write(memoryview(blob).cast("B"))
-            _point(model.graph.initializers[tensor.name], tensor, offset, path.parent, data_name)
-            offset += tensor.n_bytes
+        data.truncate(size)
+        _write_all(list(zip(tensors, places, strict=True)), read, data.fileno(), report)
     forget_shapes(model)
     ir.save(model, path)
+
+
+def _write_all(
+    jobs: Sequence[tuple[StoredTensor, int]], read: Callable[[str], Array], file: int, report: Report
+) -> None:
+    """Make and write every tensor; numpy leaves the interpreter's lock for the work that takes time."""
+
+    def run(job: tuple[StoredTensor, int]) -> int:
+        tensor, place = job
+        array = tensor.make(read)
+        blob = memoryview(pack_int4(array) if tensor.dtype == ir.DataType.INT4 else array).cast("B")
+        done = 0
+        while done < len(blob):
+            done += os.pwrite(file, blob[done:], place + done)
+        return tensor.n_bytes
+
+    total, done, started = max(1, sum(tensor.n_bytes for tensor, _ in jobs)), 0, time.monotonic()
+    with ThreadPoolExecutor(n_workers()) as pool:
+        try:
+            for n_bytes in pool.map(run, jobs):
+                done += n_bytes
+                left = (time.monotonic() - started) * (total - done) / max(done, 1)
+                report(f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {left:.0f} s left", done / total)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def n_workers() -> int:
+    """Threads that make tensors: the cores this process may use, at most 8 (the disk is the limit then)."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _point(value: ir.Value, tensor: StoredTensor, offset: int, folder: Path, data_name: str) -> None:

@@ -7,6 +7,7 @@ and never a wrong tensor.
 from __future__ import annotations
 
 import json
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,23 @@ class Entry:
     end: int
 
 
+RESIDENT = 128 << 20  # bytes of a file that may stay mapped in; the rest is the page cache's, not this process's
+
+
 class TensorFile:
-    """A memory-mapped safetensors file. Arrays it returns are read-only views of the map (BF16: a float32 copy)."""
+    """A memory-mapped safetensors file. Arrays it returns are read-only views of the map (BF16: a float32 copy).
+
+    Pages read long ago are given back, so that a process stays small beside the files it reads; a view of them that is
+    still used reads them again.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.metadata = read_header(path).metadata
         self.entries = _read_entries(path)
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
+        self._touched = 0
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self.entries))
@@ -62,7 +72,12 @@ class TensorFile:
     def read(self, name: str) -> Array:
         """The tensor in its own dtype; BF16 is widened to float32."""
         entry = self.entries[name]
-        array: Array = np.frombuffer(self._bytes[entry.begin : entry.end], _DTYPES[entry.dtype]).reshape(entry.shape)
+        self._touched += entry.end - entry.begin
+        if self._touched > RESIDENT and hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._touched = entry.end - entry.begin
+        count = (entry.end - entry.begin) // _DTYPES[entry.dtype].itemsize
+        array: Array = np.frombuffer(self._map, _DTYPES[entry.dtype], count, entry.begin).reshape(entry.shape)
         return widened(array) if entry.dtype == "BF16" else array
 
 

@@ -10,11 +10,38 @@ from personalq.errors import RepositoryError
 from .weights import CheckpointWeights
 
 
-def write_tokenizer(base_dir: Path, weights: CheckpointWeights, path: Path) -> Text:
-    """Write `path` and return the special ids and multi-vector expansions. Raises RepositoryError for an unknown tokenizer."""
+def write_tokenizers(base_dir: Path, weights: CheckpointWeights, folder: Path) -> Text:
+    """Write tokenizer.json, and tokenizer_2.json for SDXL; return special ids and multi-vector expansions.
+
+    Raises RepositoryError for a tokenizer that cannot be read, or a second one that is not the first with another pad.
+    """
+    ids = _write(base_dir, "tokenizer", weights, folder / "tokenizer.json")
+    second_pad_id, is_empty_zero = None, False
+    if (base_dir / "tokenizer_2").is_dir():
+        second = _write(base_dir, "tokenizer_2", weights, folder / "tokenizer_2.json")
+        if (second["bos"], second["eos"]) != (ids["bos"], ids["eos"]):
+            raise RepositoryError(
+                f"{base_dir.name}/tokenizer_2: begin and end must be {ids['bos']} and {ids['eos']} as in tokenizer, "
+                f"got {second['bos']} and {second['eos']}; this base is not supported"
+            )
+        index = base_dir / "model_index.json"
+        settings = json.loads(index.read_text()) if index.is_file() else {}
+        second_pad_id, is_empty_zero = second["pad"], bool(settings.get("force_zeros_for_empty_prompt", True))
+    return Text(
+        bos_id=ids["bos"],
+        eos_id=ids["eos"],
+        pad_id=ids["pad"],
+        second_pad_id=second_pad_id,
+        is_empty_zero=is_empty_zero,
+        expansions={token: " ".join(group) for token, group in weights.added_tokens if len(group) > 1},
+    )
+
+
+def _write(base_dir: Path, name: str, weights: CheckpointWeights, path: Path) -> dict[str, int]:
+    """One tokenizer with the checkpoint's learned tokens -> its begin, end and pad ids."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(_tokenizer_json(base_dir / "tokenizer"))
+    tokenizer = Tokenizer.from_str(_tokenizer_json(base_dir / name))
     pieces = [piece for _, group in weights.added_tokens for piece in group]
     if pieces:
         tokenizer.add_tokens(pieces)
@@ -22,14 +49,11 @@ def write_tokenizer(base_dir: Path, weights: CheckpointWeights, path: Path) -> T
         found = tokenizer.token_to_id(piece)
         if found != weights.first_added_id + offset:
             raise RepositoryError(
-                f"{base_dir.name}/tokenizer: token {piece} must get id {weights.first_added_id + offset}, got {found}; "
+                f"{base_dir.name}/{name}: token {piece} must get id {weights.first_added_id + offset}, got {found}; "
                 "the base already knows this token: rename it in the checkpoint"
             )
     tokenizer.save(str(path))
-    special = _special_tokens(base_dir / "tokenizer")
-    ids = {name: tokenizer.token_to_id(token) for name, token in special.items()}
-    expansions = {token: " ".join(group) for token, group in weights.added_tokens if len(group) > 1}
-    return Text(bos_id=ids["bos"], eos_id=ids["eos"], pad_id=ids["pad"], expansions=expansions)
+    return {kind: tokenizer.token_to_id(token) for kind, token in _special_tokens(base_dir / name).items()}
 
 
 def _tokenizer_json(folder: Path) -> str:

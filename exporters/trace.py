@@ -13,12 +13,32 @@ from typing import Any
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 OPSET = 20  # GroupNorm becomes InstanceNormalization, which ONNX Runtime's CPU provider has a kernel for
+
+
+def attend(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention written out: query (B,N,C), key and value (B,M,C) -> (B,N,C), the output projection applied.
+
+    torch's fused operator exports as a dozen shape computations around the same two products; these are all there is.
+    """
+    query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
+    scores = (query.permute(0, 2, 1, 3) * attn.scale) @ key.permute(0, 2, 3, 1)
+    attended = torch.softmax(scores, dim=-1) @ value.permute(0, 2, 1, 3)
+    return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+
+
+class SelfAttention:
+    """Attention processor of a layer that looks at its own input."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """hidden_states (B, N, C) -> (B, N, C)."""
+        return attend(attn, attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
 
 
 class RowsAttention:
@@ -30,15 +50,8 @@ class RowsAttention:
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
         """hidden_states (B, N, C), encoder_hidden_states = packed rows (B, 77, R) -> (B, N, C)."""
         end = self.offset + self.width
-        query = attn.to_q(hidden_states)
         key, value = encoder_hidden_states[..., self.offset : end], encoder_hidden_states[..., end : end + self.width]
-        batch, heads = query.shape[0], attn.heads
-        query, key, value = (
-            x.reshape(batch, -1, heads, x.shape[-1] // heads).transpose(1, 2) for x in (query, key, value)
-        )
-        attended = nn.functional.scaled_dot_product_attention(query, key, value)
-        attended = attended.transpose(1, 2).reshape(batch, -1, self.width)
-        return attn.to_out[1](attn.to_out[0](attended))
+        return attend(attn, attn.to_q(hidden_states), key, value)
 
 
 def cross_attention_layers(unet: UNet2DConditionModel) -> list[tuple[str, int]]:
@@ -48,18 +61,31 @@ def cross_attention_layers(unet: UNet2DConditionModel) -> list[tuple[str, int]]:
 
 
 class UNetFromRows(nn.Module):
-    """sample (B,4,h,w), timestep (1,), rows (B,77,R) -> noise_pred (B,4,h,w), all float32."""
+    """sample (B,4,h,w), timestep (1,), rows (B,77,R) -> noise_pred (B,4,h,w), all float32.
+
+    SDXL is told two things more: text_embeds (B,P), the second encoder's pooled text, and time_ids (B,6).
+    """
 
     def __init__(self, unet: UNet2DConditionModel):
         super().__init__()
         offset = 0
         for name, width in cross_attention_layers(unet):
             unet.get_submodule(name).set_processor(RowsAttention(offset, width))
+            unet.get_submodule(name.removesuffix("2") + "1").set_processor(SelfAttention())
             offset += 2 * width
         self.model = unet
 
-    def forward(self, sample: Tensor, timestep: Tensor, rows: Tensor) -> Tensor:
-        return self.model(sample, timestep.expand(sample.shape[0]), rows, return_dict=False)[0]
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        rows: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        steps = timestep.expand(sample.shape[0])
+        return self.model(sample, steps, rows, added_cond_kwargs=added, return_dict=False)[0]
 
 
 class TextRows(nn.Module):
@@ -76,7 +102,7 @@ class TextRows(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """input_ids (B,77) int64 -> last_hidden_state (B,77,C) float32 (final layer norm applied, as SD 1.x uses it)."""
+    """input_ids (B,77) int64 -> last_hidden_state (B,77,C) float32 (final layer norm applied, as SD 1.x and 2.x use it)."""
 
     def __init__(self, model: CLIPTextModel):
         super().__init__()
@@ -84,6 +110,22 @@ class TextEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.model(input_ids=input_ids).last_hidden_state
+
+
+class PenultimateEncoder(nn.Module):
+    """input_ids (B,77) int64 -> the states before the last layer (B,77,C), which SDXL attends to; no layer norm.
+
+    With a projection (the second encoder) also the pooled text (B,P).
+    """
+
+    def __init__(self, model: CLIPTextModel | CLIPTextModelWithProjection):
+        super().__init__()
+        self.model = model
+        self.is_pooled = isinstance(model, CLIPTextModelWithProjection)
+
+    def forward(self, input_ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        out = self.model(input_ids=input_ids, output_hidden_states=True)
+        return (out.hidden_states[-2], out.text_embeds) if self.is_pooled else out.hidden_states[-2]
 
 
 class VaeDecoder(nn.Module):
@@ -97,48 +139,64 @@ class VaeDecoder(nn.Module):
         return self.model.decode(latent, return_dict=False)[0]
 
 
-def trace_graphs(configs: dict[str, dict[str, Any]]) -> dict[str, ir.Model]:
-    """Family configs (component -> diffusers/transformers config) -> graphs without weights, by name.
+# diffusers' Upsample2D branches at batch 64 (a layout hint only), which torch.export takes for a limit.
+BATCH = torch.export.Dim("batch", max=63)
+AREA = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
 
-    Dynamic batch, height and width. Weights play no part: the models are built from their configs, seeded.
+
+def trace_graphs(configs: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ir.Model]]:
+    """Family configs (component -> diffusers/transformers config) -> (name, graph without weights), one by one.
+
+    Dynamic batch, height and width. Weights play no part and take no memory: every parameter is one zero, expanded.
     """
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(configs["unet"]).eval()
-    text_config = CLIPTextConfig.from_dict(configs["text_encoder"] | {"dtype": "float32"})
-    text = CLIPTextModel._from_config(text_config, attn_implementation="sdpa").eval()
-    vae = AutoencoderKL.from_config(configs["vae"]).eval()
-    side, length = configs["unet"]["sample_size"], configs["text_encoder"].get("max_position_embeddings", 77)
+    length, is_sdxl = configs["text_encoder"].get("max_position_embeddings", 77), "text_encoder_2" in configs
+    ids = torch.ones(2, length, dtype=torch.long)
+    text = text_model(CLIPTextModel, configs["text_encoder"])
+    encoder = PenultimateEncoder(text) if is_sdxl else TextEncoder(text)
+    yield "text_encoder", _trace(encoder, (ids,), ["input_ids"], ["last_hidden_state"], [{0: BATCH}])
+    if is_sdxl:
+        second = PenultimateEncoder(text_model(CLIPTextModelWithProjection, configs["text_encoder_2"]))
+        outputs = ["last_hidden_state", "text_embeds"]
+        yield "text_encoder_2", _trace(second, (ids,), ["input_ids"], outputs, [{0: BATCH}])
+    vae = hollow(AutoencoderKL.from_config, configs["vae"])
+    side = configs["unet"]["sample_size"]
+    latent = torch.randn(2, vae.config.latent_channels, side, side)
+    yield "vae_decoder", _trace(VaeDecoder(vae), (latent,), ["latent"], ["image"], [{0: BATCH, **AREA}])
+    unet = hollow(UNet2DConditionModel.from_config, configs["unet"])
+    embeds = torch.randn(2, length, configs["unet"]["cross_attention_dim"])
+    yield "text_rows", _trace(TextRows(unet), (embeds,), ["text_embeds"], ["rows"], [{0: BATCH}])
+    yield "unet", _trace_unet(unet, configs, length)
+
+
+def _trace_unet(unet: UNet2DConditionModel, configs: dict[str, dict[str, Any]], length: int) -> ir.Model:
+    config = configs["unet"]
     width = sum(2 * w for _, w in cross_attention_layers(unet))
-    latents = torch.randn(2, configs["unet"]["in_channels"], side, side)
-    # diffusers' Upsample2D branches at batch 64 (a layout hint only), which torch.export takes for a limit.
-    batch, area = torch.export.Dim("batch", max=63), {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
-    graphs = {
-        "text_rows": _trace(
-            TextRows(unet),
-            (torch.randn(2, length, configs["unet"]["cross_attention_dim"]),),
-            ["text_embeds"],
-            ["rows"],
-            [{0: batch}],
-        ),
-        "text_encoder": _trace(
-            TextEncoder(text),
-            (torch.ones(2, length, dtype=torch.long),),
-            ["input_ids"],
-            ["last_hidden_state"],
-            [{0: batch}],
-        ),
-        "vae_decoder": _trace(
-            VaeDecoder(vae), (latents[:, : vae.config.latent_channels],), ["latent"], ["image"], [{0: batch, **area}]
-        ),
-    }
-    graphs["unet"] = _trace(
-        UNetFromRows(unet),
-        (latents, torch.tensor([500.0]), torch.randn(2, length, width)),
-        ["sample", "timestep", "rows"],
-        ["noise_pred"],
-        [{0: batch, **area}, {}, {0: batch}],
-    )
-    return graphs
+    latents = torch.randn(2, config["in_channels"], config["sample_size"], config["sample_size"])
+    inputs = ["sample", "timestep", "rows"]
+    arguments: tuple[Tensor, ...] = (latents, torch.tensor([500.0]), torch.randn(2, length, width))
+    shapes: list[dict[int, Any]] = [{0: BATCH, **AREA}, {}, {0: BATCH}]
+    if "text_encoder_2" in configs:
+        pooled = configs["text_encoder_2"]["projection_dim"]
+        inputs, arguments = [*inputs, "text_embeds", "time_ids"], (*arguments, torch.randn(2, pooled), torch.ones(2, 6))
+        shapes += [{0: BATCH}, {0: BATCH}]
+    return _trace(UNetFromRows(unet), arguments, inputs, ["noise_pred"], shapes)
+
+
+def text_model(kind: type, config: dict[str, Any]) -> nn.Module:
+    """A text encoder without weights, in the attention form that exports as plain products."""
+    settings = CLIPTextConfig.from_dict(config | {"dtype": "float32"})
+    return hollow(kind._from_config, settings, attn_implementation="sdpa")
+
+
+def hollow(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """Build a module whose parameters are single zeros, expanded to their shapes; its buffers are real."""
+    with init_empty_weights(include_buffers=False):
+        module = build(*args, **kwargs)
+    for name, parameter in list(module.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        zeros = torch.zeros(1).expand(parameter.shape)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(zeros, requires_grad=False))
+    return module.eval()
 
 
 def _trace(

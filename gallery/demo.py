@@ -73,5 +73,7 @@ def make_bundle(repository: Repository, checkpoint_id: str, policy: str, progres
     spec = calibrate(
         repository, checkpoint_id, CalibrateOptions(policy=policy), lambda text, done: progress(text, 0.6 * done)
     )
-    result = export_checkpoint(repository, checkpoint_id, spec.spec_path, lambda text: progress(text, 0.7))
+    result = export_checkpoint(
+        repository, checkpoint_id, spec.spec_path, lambda text, done: progress(text, 0.6 + 0.4 * done)
+    )
     return result.bundle

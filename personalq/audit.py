@@ -12,8 +12,9 @@ from typing import Any
 from .atomic import is_orphan, is_temporary, remove
 from .card import MAX_CARD_BYTES, Card, folder_name, parse_card
 from .errors import CardError
+from .sharing import dangling
 
-_ROOMS = ("", "bases", "checkpoints", "specs", "families", "bundles", "index")
+_ROOMS = ("", "bases", "checkpoints", "specs", "families", "bundles", "shared", "index")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Problem:
 
 def check(root: Path, *, fix: bool) -> list[Problem]:
     """Return every problem under ``root``; ``fix`` removes orphans."""
-    return [*_orphans(root, fix=fix), *_cards(root), *_recorded(root), *_bundles(root)]
+    return [*_orphans(root, fix=fix), *_unused(root, fix=fix), *_cards(root), *_recorded(root), *_bundles(root)]
 
 
 def _orphans(root: Path, *, fix: bool) -> Iterator[Problem]:
@@ -46,6 +47,14 @@ def _orphans(root: Path, *, fix: bool) -> Iterator[Problem]:
             remove(entry)
         done = "removed" if fix else "remove it with 'personalq check --fix'"
         yield Problem("orphan", str(entry), f"{entry}: half-written, its writer is gone; {done}", fixed=fix)
+
+
+def _unused(root: Path, *, fix: bool) -> Iterator[Problem]:
+    for note in list(dangling(root)):
+        if fix:
+            note.unlink(missing_ok=True)
+        done = "removed" if fix else "remove it with 'personalq check --fix'"
+        yield Problem("orphan", str(note), f"{note}: leads to no bundle any more; {done}", fixed=fix)
 
 
 def _cards(root: Path) -> Iterator[Problem]:

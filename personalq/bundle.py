@@ -52,6 +52,7 @@ class Graphs(Frozen):
     unet: dict[str, str]
     text_rows: str
     text_encoder: str
+    text_encoder_2: str = Field("", description="SDXL's second text encoder; '' for every other base")
     vae_decoder: str
 
 
@@ -76,6 +77,8 @@ class Text(Frozen):
     bos_id: int
     eos_id: int
     pad_id: int
+    second_pad_id: int | None = Field(None, description="SDXL: the pad of tokenizer_2.json; its other ids are the same")
+    is_empty_zero: bool = Field(False, description="SDXL: no negative prompt means embeddings of zeros, not of ''")
     expansions: dict[str, str] = {}
 
 
@@ -157,7 +160,8 @@ def read_manifest(bundle: Path) -> Manifest:
         field = ".".join(str(part) for part in first["loc"])
         raise BundleError(f"{file}: {field}: {first['msg']}; export the checkpoint again") from error
     graphs = manifest.graphs
-    for name in [*manifest.files, *graphs.unet.values(), graphs.text_rows, graphs.text_encoder, graphs.vae_decoder]:
+    encoders = [graphs.text_encoder, *([graphs.text_encoder_2] if graphs.text_encoder_2 else [])]
+    for name in [*manifest.files, *graphs.unet.values(), graphs.text_rows, *encoders, graphs.vae_decoder]:
         inside(bundle, name)
     return manifest
 

@@ -9,6 +9,7 @@ from .bundle import file_sha256
 from .errors import RepositoryError
 
 COMPONENTS = ("unet", "text_encoder", "vae")
+SECOND_ENCODER = "text_encoder_2"
 # Config fields that change no graph: where the file came from, and sizes that a checkpoint's own tensors tell.
 _IGNORED = {
     "_name_or_path",
@@ -21,30 +22,83 @@ _IGNORED = {
 }
 
 
+# UNet config fields that change what the UNet computes or is told, and what they may be. One that is absent is fine.
+_KNOWN: dict[str, tuple[Any, ...]] = {
+    "in_channels": (4,),
+    "addition_embed_type": (None, "text_time"),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "time_cond_proj_dim": (None,),
+    "only_cross_attention": (False,),
+    "dual_cross_attention": (False,),
+    "attention_type": ("default",),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+}
+_WHY = {
+    "in_channels": "inpainting, depth and upscaling UNets are told more than a prompt, which is not supported",
+    "time_cond_proj_dim": "guidance-distilled UNets (LCM) are not supported; their LoRA form on a plain base is",
+}
+_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
+
+
 def read_configs(base_dir: Path) -> dict[str, dict[str, Any]]:
-    """A base pipeline's component configs. Raises RepositoryError for one that PersonalQ would get silently wrong."""
-    configs = {}
-    for component in COMPONENTS:
-        file = base_dir / component / "config.json"
-        if not file.is_file():
-            raise RepositoryError(
-                f"{file}: must exist in a Stable Diffusion base, got nothing; add the whole diffusers folder"
-            )
-        configs[component] = json.loads(file.read_text())
+    """A base pipeline's component configs: SD 1.x, 2.x, or SDXL, which has text_encoder_2 too.
+
+    Raises RepositoryError for a base that PersonalQ would get silently wrong.
+    """
+    configs = {"unet": _read_config(base_dir, "unet")}
     _check_known(base_dir, configs["unet"])
+    is_sdxl = configs["unet"].get("addition_embed_type") == "text_time"
+    for component in (*COMPONENTS[1:], *((SECOND_ENCODER,) if is_sdxl else ())):
+        configs[component] = _read_config(base_dir, component)
+    if is_sdxl:
+        _check_sdxl(base_dir, configs)
+    for field in ("latents_mean", "latents_std"):
+        if configs["vae"].get(field) is not None:
+            raise RepositoryError(f"{base_dir}: vae {field} must be absent, got values; this VAE is not supported yet")
     return configs
 
 
-def _check_known(base_dir: Path, unet: dict[str, Any]) -> None:
-    channels = unet.get("in_channels")
-    if channels != 4:
+def _read_config(base_dir: Path, component: str) -> dict[str, Any]:
+    file = base_dir / component / "config.json"
+    if not file.is_file():
         raise RepositoryError(
-            f"{base_dir}: unet in_channels must be 4, got {channels}; inpainting UNets are not supported yet"
+            f"{file}: must exist in a Stable Diffusion base, got nothing; add the whole diffusers folder"
         )
-    extra = unet.get("addition_embed_type") or unet.get("class_embed_type")
-    if extra:
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise RepositoryError(f"{file}: must be JSON, got {error}; copy the base again") from error
+    if not isinstance(config, dict):
+        raise RepositoryError(f"{file}: must be a JSON object, got {type(config).__name__}; copy the base again")
+    return config
+
+
+def _check_known(base_dir: Path, unet: dict[str, Any]) -> None:
+    for field, allowed in _KNOWN.items():
+        value = unet.get(field, allowed[0])
+        if value not in allowed:
+            wanted = " or ".join(str(choice) for choice in allowed)
+            why = _WHY.get(field, "only Stable Diffusion 1.x, 2.x and XL are supported")
+            raise RepositoryError(f"{base_dir}: unet {field} must be {wanted}, got {value!r}; {why}")
+    blocks = [*unet.get("down_block_types", ()), *unet.get("up_block_types", ())]
+    odd = next((block for block in blocks if block not in _BLOCKS), None)
+    if odd is not None:
+        raise RepositoryError(f"{base_dir}: unet blocks must be of {', '.join(_BLOCKS)}, got {odd!r}; use another base")
+
+
+def _check_sdxl(base_dir: Path, configs: dict[str, dict[str, Any]]) -> None:
+    """The UNet's added input is six time ids beside the second encoder's pooled text; the refiner has five."""
+    unet, second = configs["unet"], configs[SECOND_ENCODER]
+    pooled = second.get("projection_dim", 512)
+    wanted = pooled + 6 * (unet.get("addition_time_embed_dim") or 0)
+    found = unet.get("projection_class_embeddings_input_dim")
+    if found != wanted:
         raise RepositoryError(
-            f"{base_dir}: unet must take a prompt only (Stable Diffusion 1.x or 2.x), got conditioning {extra!r}"
+            f"{base_dir}: unet projection_class_embeddings_input_dim must be {wanted} (pooled text and six time ids), "
+            f"got {found}; SDXL refiners are not supported"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from .card import MAX_CARD_BYTES, Card, read_card
 from .errors import CardError, RepositoryError
 from .header import Header, read_header
+from .layouts import is_original
 from .readme import Found, read_readme
 from .sidecars import json_object, read_sidecar, unwanted
 
@@ -132,6 +133,8 @@ def _check_shards(path: Path, names: set[str]) -> None:
 def _kind(path: Path, headers: Mapping[str, Header]) -> str:
     """Tell the kind from tensor names; full or UNet-only diffusers folders are dreambooth."""
     keys = [key for header in headers.values() for key in header.shapes]
+    if is_original(keys) and len(headers) == 1:
+        return "dreambooth"
     if any("custom_diffusion" in key for key in keys) or _is_attention_delta(headers):
         return "custom_diffusion"
     if any(re.search(r"lora[_.]", key) for key in keys):

@@ -9,8 +9,7 @@ import difflib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,9 @@ from .errors import CardError, PersonalQError, RepositoryError
 from .fit import check_custom_diffusion, check_embedding, check_lora, check_unet
 from .header import read_header
 from .importers import Source, check_pipeline, list_files, read_source
+from .intake import copy_files, place_files
+from .layouts import is_original
+from .sharing import forget_dangling
 
 SHIPPED = Path(__file__).resolve().parent.parent / "gallery" / "repository"
 CARDS = "cards.jsonl"
@@ -212,7 +214,7 @@ class Repository:
             )
         check_pipeline(source, [name for name, file in files if name.endswith(".safetensors") and read_header(file)])
         with atomic_directory(self._base_folder(name)) as folder:
-            _copy(files, folder)
+            copy_files(files, folder)
         return name
 
     def add_cards(self, file: Path, *, adult: bool = False) -> AddResult:
@@ -241,15 +243,15 @@ class Repository:
         )
 
     def remove(self, card_id: str) -> None:
-        """Remove a checkpoint: its card and its weights. Bundles made from it stay until they are removed by name."""
+        """Remove a checkpoint: its bundles, its weights and its card. What other bundles share with it stays theirs."""
         card = self.card(card_id)
+        for bundle in self.bundles(card.id):
+            _take_away(bundle)
+        forget_dangling(self.root)
         listed = [c for c in self._listed_cards() if c.id != card.id]
         folder = self._folder(card.id)
         if folder.is_dir():
-            gone = temporary_beside(folder)
-            with named_failure(folder):
-                os.rename(folder, gone)
-                remove(gone)
+            _take_away(folder)
         if (self.root / "checkpoints" / CARDS).is_file():
             self._write_list(listed)
 
@@ -309,7 +311,8 @@ class Repository:
                 f"remove it first with 'personalq rm {read.card.id}'"
             )
         with atomic_directory(folder, replace=replace) as place:
-            record = _copy([(n, f) for n, f in read.files if n != "card.json"], place)
+            base = self._base_folder(read.card.base) if read.card.base else None
+            record = place_files(read, base, place)
             (place / "card.json").write_bytes(dump_card(read.card))
             (place / RECORD).write_text(json.dumps({"schema_version": 1, "files": record}, indent=1, sort_keys=True))
         listed = self._listed_cards()
@@ -324,6 +327,14 @@ class Repository:
             if isinstance(checkpoint, dict) and isinstance(checkpoint.get("id"), str):
                 found.setdefault(checkpoint["id"], []).append(folder)
         return found
+
+
+def _take_away(folder: Path) -> None:
+    """Remove a published folder: renamed out of the way first, so that no reader meets half of it."""
+    gone = temporary_beside(folder)
+    with named_failure(folder):
+        os.rename(folder, gone)
+        remove(gone)
 
 
 def _fit_lora(read: Source, base: Path, where: str) -> tuple[str, ...]:
@@ -344,6 +355,8 @@ def _fit_embedding(read: Source, base: Path, where: str) -> tuple[str, ...]:
 
 
 def _fit_unet(read: Source, base: Path, where: str) -> tuple[str, ...]:
+    if any(is_original(header.shapes) for header in read.headers.values()):
+        return ()  # compared tensor by tensor when it is unpacked
     unets = [file for name, file in read.files if name.startswith("unet/")]
     check_unet(unets[0].parent.parent, base, where=where)
     return ()
@@ -355,17 +368,6 @@ _FITS = {
     "textual_inversion": _fit_embedding,
     "dreambooth": _fit_unet,
 }
-
-
-def _copy(files: Sequence[tuple[str, Path]], place: Path) -> dict[str, dict[str, Any]]:
-    """Copy files into ``place``; return {name: {sha256, bytes}} of what was copied."""
-    record = {}
-    for name, file in files:
-        target = place / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
-        record[name] = {"sha256": audit.sha256(target), "bytes": target.stat().st_size}
-    return record
 
 
 def _added(card: Card, warnings: tuple[str, ...]) -> Added:

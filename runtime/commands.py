@@ -20,7 +20,7 @@ _DRAWING = (
     ),
 )
 _EXPORTING = (
-    click.option("--spec", type=_FILE, help="Default: the spec that 'calibrate' wrote last."),
+    click.option("--spec", type=_FILE, help="A file, or 'fp16' (nothing quantised). Default: the last one calibrated."),
     click.option("--target", "targets", type=TARGETS, multiple=True, default=["onnxruntime"], show_default=True),
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of a TensorRT plan: docs/tensorrt.md."),
     click.option("--lint", type=click.Choice(["trt"]), help="Say what a TensorRT builder would not take."),

@@ -7,6 +7,7 @@ import platform
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,13 +27,27 @@ Conditioning = Mapping[str, npt.NDArray[Any]]
 # (sample (B,4,h,w) float32, time step) -> noise_pred (B,4,h,w) float32, in a buffer that the next call overwrites.
 Denoiser = Callable[[Array, float], Array]
 
+SIZE_INPUTS = ("text_embeds", "time_ids")  # SDXL's UNet is told the pooled text (B,P) and the picture's size (B,6) too
 UNET_INPUTS = {"split": ("rest", "rest_scale", "kept", "row_index"), "full": ("rows",)}
 ROWS_OUTPUTS = {"split": ("rows", "rest", "rest_scale", "kept"), "full": ("rows",)}
 LOWERING = "ort"
 TOKENIZER = "tokenizer.json"
+SECOND_TOKENIZER = "tokenizer_2.json"  # SDXL: pads with another token, which also splits words differently
 
 # MatMulAddFusion turns a quantised Linear with bias into a float Gemm (or, from opset 21, fails to load).
 DISABLED_OPTIMIZERS = ["MatMulAddFusion"]
+
+
+@dataclass(frozen=True)
+class TextEmbeds:
+    """Prompts as the text encoders give them: states (B,77,C) float32; pooled (B,P) float32 for SDXL, else None."""
+
+    states: Array
+    pooled: Array | None = None
+
+    def zeros(self) -> "TextEmbeds":
+        """The same shapes, all zero: what SDXL takes for a prompt that was not given."""
+        return TextEmbeds(np.zeros_like(self.states), None if self.pooled is None else np.zeros_like(self.pooled))
 
 
 class Engine(Protocol):
@@ -47,8 +62,11 @@ class Engine(Protocol):
     @property
     def manifest(self) -> Manifest: ...
 
-    def encode(self, ids: Ids) -> Array:
-        """ids (B,77) int64 -> text embeddings (B,77,C) float32."""
+    def encode(self, ids: Ids, second: Ids | None = None) -> TextEmbeds:
+        """ids (B,77) int64 -> text embeddings (B,77,C) float32, and SDXL's pooled text (B,P).
+
+        second (B,77): the same prompts as SDXL's second tokenizer gives them; needed when the bundle has one.
+        """
 
     def text_rows(self, text_embeds: Array, kept_index: Ids) -> dict[str, npt.NDArray[Any]]:
         """text_embeds (B,77,C), kept_index (B,S) -> rows float32 (B,77,R) and, form 'split', rest, rest_scale, kept."""
@@ -75,13 +93,17 @@ class OrtEngine:
         check_bytes(bundle, self.manifest)
         graphs, form = self.manifest.graphs, self.manifest.rows.form
         self._encoder = self._open(graphs.text_encoder, threads, ["input_ids"], ["last_hidden_state"])
+        self._second = None
+        if graphs.text_encoder_2:
+            outputs = ["last_hidden_state", "text_embeds"]
+            self._second = self._open(graphs.text_encoder_2, threads, ["input_ids"], outputs)
         rows_inputs = ["text_embeds", "kept_index"] if form == "split" else ["text_embeds"]
         self._rows = self._open(graphs.text_rows, threads, rows_inputs, ROWS_OUTPUTS[form])
         self._unet = self._open_unet(threads)
         self._decoder = self._open(graphs.vae_decoder, threads, ["latent"], ["image"])
 
     def _open_unet(self, threads: int | None) -> Session:
-        inputs = ["sample", "timestep", *UNET_INPUTS[self.manifest.rows.form]]
+        inputs = ["sample", "timestep", *unet_inputs(self.manifest)]
         return self._open(unet_file(self.manifest), threads, inputs, ["noise_pred"])
 
     def _open(self, file: str, threads: int | None, inputs: Sequence[str], outputs: Sequence[str]) -> Session:
@@ -90,8 +112,12 @@ class OrtEngine:
         _check_names(file, "outputs", [value.name for value in session.get_outputs()], outputs)
         return session
 
-    def encode(self, ids: Ids) -> Array:
-        return np.asarray(_run(self._encoder, ["last_hidden_state"], {"input_ids": ids})[0], dtype=np.float32)
+    def encode(self, ids: Ids, second: Ids | None = None) -> TextEmbeds:
+        states = np.asarray(_run(self._encoder, ["last_hidden_state"], {"input_ids": ids})[0], dtype=np.float32)
+        if self._second is None:
+            return TextEmbeds(states)
+        more, pooled = _run(self._second, ["last_hidden_state", "text_embeds"], {"input_ids": second})
+        return TextEmbeds(np.concatenate([states, more], axis=-1, dtype=np.float32), np.asarray(pooled, np.float32))
 
     def text_rows(self, text_embeds: Array, kept_index: Ids) -> dict[str, npt.NDArray[Any]]:
         form = self.manifest.rows.form
@@ -103,11 +129,27 @@ class OrtEngine:
     def denoiser(self, conditioning: Conditioning, height: int, width: int) -> Denoiser:
         batch = len(next(iter(conditioning.values())))
         shape = (batch, self.manifest.latent.channels, height, width)
-        inputs = {name: conditioning[name] for name in UNET_INPUTS[self.manifest.rows.form]}
-        return _BoundUnet(self._unet, inputs, shape)
+        return _BoundUnet(self._unet, unet_feed(self.manifest, conditioning, height, width), shape)
 
     def decode(self, latent: Array) -> Array:
         return np.asarray(_run(self._decoder, ["image"], {"latent": latent})[0], dtype=np.float32)
+
+
+def unet_inputs(manifest: Manifest) -> tuple[str, ...]:
+    """What the UNet is told beside latents and time step."""
+    return UNET_INPUTS[manifest.rows.form] + (SIZE_INPUTS if manifest.graphs.text_encoder_2 else ())
+
+
+def unet_feed(manifest: Manifest, conditioning: Conditioning, height: int, width: int) -> Conditioning:
+    """The UNet's inputs for a batch of prompts and latents of (height, width).
+
+    time_ids (SDXL, Podell et al. 2023, section 2.2): original size, crop corner (none) and target size, in pixels.
+    """
+    if manifest.graphs.text_encoder_2:
+        size = [height * manifest.latent.scale, width * manifest.latent.scale]
+        batch = len(next(iter(conditioning.values())))
+        conditioning = {**conditioning, "time_ids": np.tile(np.array([*size, 0, 0, *size], np.float32), (batch, 1))}
+    return {name: conditioning[name] for name in unet_inputs(manifest)}
 
 
 # Engine -> the module and class that open it; each module imports its own package when a bundle is opened.

@@ -23,7 +23,17 @@ from personalq.engines import check_engine, engine_at, keep_engine
 from personalq.errors import EngineError, MissingExtraError, RepositoryError
 from personalq.rows import Ids
 
-from .engine import ROWS_OUTPUTS, UNET_INPUTS, Array, Conditioning, Denoiser, check_bytes, one_line, unet_file
+from .engine import (
+    ROWS_OUTPUTS,
+    Array,
+    Conditioning,
+    Denoiser,
+    TextEmbeds,
+    check_bytes,
+    one_line,
+    unet_feed,
+    unet_file,
+)
 
 logger = logging.getLogger("personalq.runtime")
 
@@ -55,6 +65,9 @@ class OpenVinoEngine:
         self._unets: OrderedDict[tuple[int, ...], Compiled] = OrderedDict()
         graphs, form = self.manifest.graphs, self.manifest.rows.form
         self._encoder = self._open(graphs.text_encoder, EXACT, {"input_ids": (1, self.manifest.text.length)})
+        self._second = None
+        if graphs.text_encoder_2:
+            self._second = self._open(graphs.text_encoder_2, EXACT, {"input_ids": (1, self.manifest.text.length)})
         # One prompt at a time; text_embeds' width is the graph's own.
         rows: dict[str, Sequence[int]] = {"text_embeds": (1, self.manifest.text.length, -1)}
         rows |= {"kept_index": (1, self.manifest.rows.kept.slots)} if form == "split" else {}
@@ -63,9 +76,14 @@ class OpenVinoEngine:
         self._decoder: tuple[tuple[int, ...], Compiled] | None = None
         self._unet((SLICE, latent.channels, latent.height, latent.width))
 
-    def encode(self, ids: Ids) -> Array:
+    def encode(self, ids: Ids, second: Ids | None = None) -> TextEmbeds:
         rows = [_infer(self._encoder, {"input_ids": one[None]})["last_hidden_state"] for one in ids]
-        return np.concatenate(rows).astype(np.float32, copy=False)
+        states = np.concatenate(rows).astype(np.float32, copy=False)
+        if self._second is None or second is None:
+            return TextEmbeds(states)
+        made = [_infer(self._second, {"input_ids": one[None]}) for one in second]
+        more, pooled = (np.concatenate([one[name] for one in made]) for name in ("last_hidden_state", "text_embeds"))
+        return TextEmbeds(np.concatenate([states, more], axis=-1, dtype=np.float32), pooled.astype(np.float32))
 
     def text_rows(self, text_embeds: Array, kept_index: Ids) -> dict[str, npt.NDArray[Any]]:
         names = ROWS_OUTPUTS[self.manifest.rows.form]
@@ -79,7 +97,7 @@ class OpenVinoEngine:
     def denoiser(self, conditioning: Conditioning, height: int, width: int) -> Denoiser:
         batch = len(next(iter(conditioning.values())))
         channels = self.manifest.latent.channels
-        inputs = {name: conditioning[name] for name in UNET_INPUTS[self.manifest.rows.form]}
+        inputs = unet_feed(self.manifest, conditioning, height, width)
         slices = []
         for start in range(0, batch, SLICE):
             part = {name: value[start : start + SLICE] for name, value in inputs.items()}

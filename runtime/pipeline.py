@@ -16,7 +16,7 @@ from personalq.errors import EngineError, PromptError
 from personalq.rows import Ids, find_sequence, kept_index, kept_positions, row_index
 from personalq.tokens import Encoded, Tokenizer
 
-from .engine import TOKENIZER, UNET_INPUTS, Array, Conditioning, Engine
+from .engine import SECOND_TOKENIZER, TOKENIZER, UNET_INPUTS, Array, Conditioning, Engine, TextEmbeds
 from .image import Image
 from .samplers import Plan, Trail, plan_steps, predict, sampler_named
 from .sampling import schedule_from_config
@@ -66,6 +66,14 @@ class PromptRows:
     cut: str = ""
 
 
+def second_tokenizer(engine: Engine) -> Tokenizer | None:
+    """The tokenizer of SDXL's second encoder, None for every other base."""
+    text = engine.manifest.text
+    if text.second_pad_id is None:
+        return None
+    return Tokenizer(engine.bundle / SECOND_TOKENIZER, text.model_copy(update={"pad_id": text.second_pad_id}))
+
+
 def start_noise(seed: int, shape: tuple[int, ...]) -> Array:
     """Standard normal float32 noise of `shape`, (4,h,w); the same seed gives the same noise on every machine."""
     if seed < 0:
@@ -80,6 +88,7 @@ class Pipeline:
         self.engine = engine
         self.manifest = engine.manifest
         self.tokenizer = Tokenizer(engine.bundle / TOKENIZER, self.manifest.text)
+        self.second_tokenizer = second_tokenizer(engine)
         self.schedule = schedule_from_config(self.manifest.scheduler)
         self._triggers = tuple(self.tokenizer.token_ids(trigger) for trigger in self.manifest.checkpoint.trigger)
         self._cached_prompts = cached_prompts
@@ -92,12 +101,12 @@ class Pipeline:
         Logs a warning with the text that did not fit; raises PromptError when that text holds the trigger.
         """
         if prompt == "":
-            self._empty = self._empty or self.rows_of_ids(self.tokenizer.encode("").ids)
+            self._empty = self._empty or self._rows_of_nothing()
             return self._empty
         if prompt not in self._cache:
             encoded = self.tokenizer.encode(prompt)
             self._check_cut(encoded)
-            self._cache[prompt] = self.rows_of_ids(encoded.ids, cut=encoded.cut)
+            self._cache[prompt] = self.rows_of_ids(encoded.ids, cut=encoded.cut, embeds=self.embed([prompt]))
             while len(self._cache) > self._cached_prompts:
                 self._cache.popitem(last=False)
         rows = self._cache[prompt]
@@ -106,15 +115,32 @@ class Pipeline:
             logger.warning("prompt: only %d tokens fit; cut: %r", self.manifest.text.length, rows.cut)
         return rows
 
-    def rows_of_ids(self, ids: Ids, *, cut: str = "", text_embeds: Array | None = None) -> PromptRows:
-        """Token ids (77,) -> rows. `text_embeds` (1,77,C): given embeddings in place of the text encoder's."""
+    def _rows_of_nothing(self) -> PromptRows:
+        embeds = self.embed([""])
+        is_zero = self.manifest.text.is_empty_zero
+        return self.rows_of_ids(self.tokenizer.encode("").ids, embeds=embeds.zeros() if is_zero else embeds)
+
+    def embed(self, prompts: Sequence[str]) -> TextEmbeds:
+        """Prompts -> their embeddings."""
+        return self.engine.encode(*self.token_ids(prompts))
+
+    def token_ids(self, prompts: Sequence[str]) -> tuple[Ids, Ids | None]:
+        """Prompts -> ids (B,77) of the first tokenizer, and of SDXL's second one."""
+        ids = np.stack([self.tokenizer.encode(prompt).ids for prompt in prompts])
+        if self.second_tokenizer is None:
+            return ids, None
+        return ids, np.stack([self.second_tokenizer.encode(prompt).ids for prompt in prompts])
+
+    def rows_of_ids(self, ids: Ids, *, embeds: TextEmbeds, cut: str = "") -> PromptRows:
+        """Token ids (77,) and their embeddings (a batch of one) -> rows."""
         rows = self.manifest.rows
         positions = kept_positions(ids, rows.kept, self.manifest.text.eos_id) if rows.form == "split" else ()
-        embeds = self.engine.encode(ids[None]) if text_embeds is None else text_embeds
-        made = self.engine.text_rows(embeds, kept_index(positions, rows.kept.slots)[None])
+        made = self.engine.text_rows(embeds.states, kept_index(positions, rows.kept.slots)[None])
         made["row_index"] = row_index(positions, self.manifest.text.length)[None]
         conditioning = {name: made[name] for name in UNET_INPUTS[rows.form]}
-        return PromptRows(conditioning=conditioning, kept=positions, text_embeds=embeds, cut=cut)
+        if embeds.pooled is not None:
+            conditioning["text_embeds"] = embeds.pooled
+        return PromptRows(conditioning=conditioning, kept=positions, text_embeds=embeds.states, cut=cut)
 
     def _check_cut(self, encoded: Encoded) -> None:
         """Refuse a prompt whose trigger was cut; one that also stands whole in what fits is fine."""

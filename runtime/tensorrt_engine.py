@@ -16,7 +16,7 @@ from personalq.engines import check_engine
 from personalq.errors import EngineError, MissingExtraError
 
 from . import cuda
-from .engine import UNET_INPUTS, Array, Conditioning, Denoiser, OrtEngine
+from .engine import Array, Conditioning, Denoiser, OrtEngine, unet_feed
 from .plans import check_shapes, find_plan
 
 logger = logging.getLogger("personalq.runtime")
@@ -44,7 +44,7 @@ class TensorRtEngine(OrtEngine):
 
     def denoiser(self, conditioning: Conditioning, height: int, width: int) -> Denoiser:
         batch = len(next(iter(conditioning.values())))
-        inputs = {name: conditioning[name] for name in UNET_INPUTS[self.manifest.rows.form]}
+        inputs = unet_feed(self.manifest, conditioning, height, width)
         shape = (batch, self.manifest.latent.channels, height, width)
         check_shapes(self._parts, {"sample": shape, **{name: value.shape for name, value in inputs.items()}})
         return _BoundPlan(import_tensorrt(self.module), self._unet, inputs, shape)

@@ -25,7 +25,7 @@ def text_encoder(subject: Subject) -> Iterator[Check]:
     golden = subject.golden
     ids = np.stack([subject.pipeline.tokenizer.encode(prompt).ids for prompt in subject.prompts])
     yield at_most("token ids that differ", int((ids != golden["ids"]).sum()), 0)
-    embeds = subject.engine.encode(golden["ids"])
+    embeds = subject.pipeline.embed(subject.prompts).states
     worst = min(cosine(golden["text_embeds"][i], embeds[i]) for i in range(len(embeds)))
     yield at_least("text encoder cosine", worst, subject.limits.text_cosine)
 

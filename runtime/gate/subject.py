@@ -16,7 +16,7 @@ from personalq.goldens import GOLDEN, TENSORS, VERSION
 from personalq.rows import find_sequence
 from personalq.spec import SpecFile, read_spec
 
-from ..engine import Conditioning, OrtEngine, unet_file
+from ..engine import Conditioning, OrtEngine, TextEmbeds, unet_file
 from ..pipeline import Pipeline, PromptRows
 from .limits import LIMITS, precision
 from .onnxfile import Graph, read_graph
@@ -99,8 +99,13 @@ class Subject:
     @cached_property
     def rows(self) -> list[PromptRows]:
         """Rows of each golden prompt from its golden embeddings, so that the text encoder's error stays out."""
-        ids, embeds = self.golden["ids"], self.golden["text_embeds"]
-        return [self.pipeline.rows_of_ids(ids[i], text_embeds=embeds[i : i + 1]) for i in range(len(ids))]
+        ids = self.golden["ids"]
+        return [self.pipeline.rows_of_ids(ids[i], embeds=self.embeds(i)) for i in range(len(ids))]
+
+    def embeds(self, prompt: int) -> TextEmbeds:
+        """The golden text embeddings of one prompt; SDXL's goldens hold its pooled text too."""
+        states, pooled = self.golden["text_embeds"][prompt], self.golden.get("pooled")
+        return TextEmbeds(states[None], None if pooled is None else pooled[prompt][None])
 
     @cached_property
     def trigger_positions(self) -> list[list[int]]:

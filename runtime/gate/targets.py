@@ -20,7 +20,9 @@ def cross_target(subject: Subject, target: str) -> Iterator[Check]:
     slots = subject.manifest.rows.kept.slots
     index = np.zeros((len(golden["ids"]), slots), dtype=np.int64)
     outputs = {
-        "text encoder": [engine.encode(golden["ids"]) for engine in (mine, other)],
+        "text encoder": [
+            engine.encode(*subject.pipeline.token_ids(subject.prompts)).states for engine in (mine, other)
+        ],
         "text rows": [engine.text_rows(golden["text_embeds"], index)["rows"] for engine in (mine, other)],
         "vae": [engine.decode(golden["latent"]) for engine in (mine, other)],
     }

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,16 @@ def test_kept_rows_enter_as_float16_and_rest_rows_as_int8(exported):
     assert types["row_index"] == onnx.TensorProto.INT64
 
 
+def test_self_attention_is_one_node_a_layer_in_a_quantised_unet_and_as_traced_in_the_reference(exported):
+    kinds = {}
+    for name, result in exported[1].items():
+        graph = onnx.load(result.bundle / "unet.ort.onnx", load_external_data=False).graph
+        kinds[name] = Counter(node.op_type for node in graph.node)
+    layers = len(read_manifest(exported[1]["taq"].bundle).rows.layers)
+    assert kinds["taq"]["MultiHeadAttention"] == layers and kinds["taq"]["Softmax"] == layers
+    assert kinds["fp32"]["Softmax"] == 2 * layers and kinds["fp32"]["MultiHeadAttention"] == 0
+
+
 def test_exporting_again_reuses_the_bundle(exported):
     repository, results = exported
     again = export_checkpoint(repository, "rex", spec_path(repository, "taq-w8a8"))
@@ -120,13 +131,14 @@ def test_a_killed_export_leaves_no_bundle(exported, tmp_path):
     code = (
         "import sys; from pathlib import Path; from personalq.repository import Repository;"
         "from exporters.export import export_checkpoint;"
-        "export_checkpoint(Repository.open(Path(sys.argv[1])), 'rex', Path(sys.argv[2]), lambda text: print(text, flush=True))"
+        "repository = Repository.open(Path(sys.argv[1]));"
+        "export_checkpoint(repository, 'rex', Path(sys.argv[2]), lambda text, done: print(text, flush=True))"
     )
     arguments = [sys.executable, "-c", code, str(repository.root), str(spec_path(repository, "fp32"))]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("quantising"):
+        if line.startswith("writing UNet"):
             time.sleep(0.05)
             os.kill(process.pid, signal.SIGKILL)
             break

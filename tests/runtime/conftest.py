@@ -278,7 +278,7 @@ def write_golden(folder: Path, reference: Path) -> None:
     prompts = ["", "a photo of sks dog on the beach", "<moss-mug> in the snow"]
     random = np.random.default_rng(7)
     ids = np.stack([pipeline.tokenizer.encode(prompt).ids for prompt in prompts])
-    embeds = engine.encode(ids)
+    embeds = engine.encode(ids).states
     rows = engine.text_rows(embeds, np.zeros((3, SLOTS), np.int64))["rows"]
     prompt, times = np.array([1, 2, 0, 1]), np.array([999, 700, 400, 100], np.float32)
     sample = random.standard_normal((4, 4, 8, 8)).astype(np.float32)

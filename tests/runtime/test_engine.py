@@ -24,7 +24,7 @@ def refusal(folder: Path, kind: type[PersonalQError]) -> str:
 
 def test_shapes_and_types_are_those_of_the_contract(bundle: Path) -> None:
     engine = OrtEngine(bundle, threads=1)
-    embeds = engine.encode(np.zeros((2, 77), np.int64))
+    embeds = engine.encode(np.zeros((2, 77), np.int64)).states
     rows = engine.text_rows(embeds, np.zeros((2, 4), np.int64))
     assert (embeds.shape, embeds.dtype) == ((2, 77, 8), np.float32)
     assert {name: (value.shape, str(value.dtype)) for name, value in rows.items()} == {
@@ -39,7 +39,7 @@ def test_shapes_and_types_are_those_of_the_contract(bundle: Path) -> None:
 
 def test_a_reference_bundle_takes_full_rows(reference: Path) -> None:
     engine = OrtEngine(reference, threads=1)
-    rows = engine.text_rows(engine.encode(np.zeros((1, 77), np.int64)), np.zeros((1, 4), np.int64))
+    rows = engine.text_rows(engine.encode(np.zeros((1, 77), np.int64)).states, np.zeros((1, 4), np.int64))
     assert list(rows) == ["rows"]
     assert engine.denoiser(rows, 8, 8)(np.zeros((1, 4, 8, 8), np.float32), 10).shape == (1, 4, 8, 8)
 

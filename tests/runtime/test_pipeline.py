@@ -136,7 +136,7 @@ def test_wrong_settings_are_refused_before_the_first_step(
 def test_rows_are_computed_once_per_prompt(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
     original = pipeline.engine.encode
-    monkeypatch.setattr(pipeline.engine, "encode", lambda ids: computed.append(1) or original(ids))
+    monkeypatch.setattr(pipeline.engine, "encode", lambda *ids: computed.append(1) or original(*ids))
     for _ in range(2):
         pipeline.image(PROMPT, steps=1)
     assert len(computed) == 2  # the prompt and the empty prompt

@@ -1,0 +1,233 @@
+"""One UNet step on one engine, in a process of its own: inputs, engines, medians, and what every node took."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from personalq.bundle import Manifest, read_manifest
+
+Run = Callable[[], Any]
+LENGTH = 77
+
+
+def feeds(bundle: Path, batch: int) -> dict[str, Any]:
+    """Seeded inputs of a bundle's UNet: latents, time step, rows in the bundle's form; SDXL's extras."""
+    manifest = read_manifest(bundle)
+    return {
+        **conditioning(manifest, batch),
+        "sample": latents(manifest, batch),
+        "timestep": np.array([500], np.float32),
+    }
+
+
+def latents(manifest: Manifest, batch: int) -> Any:
+    latent = manifest.latent
+    shape = (batch, latent.channels, latent.height, latent.width)
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def conditioning(manifest: Manifest, batch: int) -> dict[str, Any]:
+    random, rows = np.random.default_rng(1), manifest.rows
+    full = random.standard_normal((batch, LENGTH, rows.width)).astype(np.float32)
+    made: dict[str, Any] = {"rows": full}
+    if rows.form == "split":
+        made = {
+            "rest": np.clip(np.rint(full * 40), -128, 127).astype(np.int8),
+            "rest_scale": np.full((batch, LENGTH, 2 * len(rows.layers)), 1 / 40, np.float32),
+            "kept": full[:, : rows.kept.slots].astype(np.float16),
+            "row_index": np.tile(np.arange(LENGTH), (batch, 1)),
+        }
+    if manifest.graphs.text_encoder_2:
+        side = manifest.latent.height * manifest.latent.scale
+        made["text_embeds"] = random.standard_normal((batch, 1280)).astype(np.float32)
+        made["time_ids"] = np.tile(np.array([side, side, 0, 0, side, side], np.float32), (batch, 1))
+    return made
+
+
+def bundle_engine(name: str) -> Callable[[Path, int], Run]:
+    """The runtime's own engine on a bundle, bound as the pipeline binds it."""
+
+    def opened(bundle: Path, batch: int) -> Run:
+        from runtime.engine import open_engine
+
+        engine = open_engine(name, bundle)
+        manifest = engine.manifest
+        denoise = engine.denoiser(conditioning(manifest, batch), manifest.latent.height, manifest.latent.width)
+        sample = latents(manifest, batch)
+        return lambda: denoise(sample, 500.0)
+
+    return opened
+
+
+def openvino_graph(precision: str) -> Callable[[Path, int], Run]:
+    """A graph as it is on OpenVINO, static shapes, with a precision hint."""
+
+    def opened(bundle: Path, batch: int) -> Run:
+        import openvino as ov
+
+        inputs, core = feeds(bundle, batch), ov.Core()
+        model = core.read_model(bundle / "unet.ort.onnx")
+        model.reshape({value.any_name: list(inputs[value.any_name].shape) for value in model.inputs})
+        hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        request = core.compile_model(model, "CPU", hints).create_infer_request()
+        return lambda: request.infer(inputs, share_inputs=True)
+
+    return opened
+
+
+def peer_graph(bundle: Path, batch: int) -> Run:
+    """quantize_static's graph on ONNX Runtime with its default optimisations, as its users run it."""
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(str(bundle.parents[1] / "peer" / "unet.onnx"), providers=["CPUExecutionProvider"])
+    inputs = feeds(bundle, batch)
+    return lambda: session.run(None, inputs)
+
+
+def torch_unet(dtype: str, is_compiled: bool) -> Callable[[Path, int], Run]:
+    """diffusers' UNet with the checkpoint's weights, K and V of the text in every step, as diffusers runs it."""
+
+    def opened(bundle: Path, batch: int) -> Run:
+        import torch
+        from diffusers import UNet2DConditionModel
+
+        from exporters.weights import open_weights
+
+        root, manifest = bundle.parents[1], read_manifest(bundle)
+        config = json.loads((root / "bases" / "base" / "unet" / "config.json").read_text())
+        kind = getattr(torch, dtype)
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(config)
+        source = open_weights(root / "bases" / "base", root / "checkpoints" / manifest.checkpoint.id, "dreambooth")
+        weights = source.component("unet")
+        state = {name: torch.from_numpy(weights.read(name).copy()).to(kind) for name in weights.names()}
+        unet.load_state_dict(state, assign=True)
+        unet = unet.eval()
+        run = torch.compile(unet) if is_compiled else unet
+        sample = torch.from_numpy(latents(manifest, batch)).to(kind)
+        embeds = torch.zeros(batch, LENGTH, config["cross_attention_dim"], dtype=kind)
+        added = {}
+        if manifest.graphs.text_encoder_2:
+            added = {"text_embeds": torch.zeros(batch, 1280, dtype=kind), "time_ids": torch.ones(batch, 6, dtype=kind)}
+
+        def step() -> Any:
+            with torch.no_grad():
+                return run(sample, 500, embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+        return step
+
+    return opened
+
+
+# name -> (which bundle it reads, how it is opened)
+ENGINES: Mapping[str, tuple[str, Callable[[Path, int], Run]]] = {
+    "torch eager fp32": ("fp32", torch_unet("float32", False)),
+    "torch.compile bf16": ("fp32", torch_unet("bfloat16", True)),
+    "onnxruntime fp32": ("fp32", bundle_engine("onnxruntime")),
+    "openvino fp32": ("fp32", openvino_graph("f32")),
+    "openvino bf16": ("fp32", openvino_graph("bf16")),
+    "quantize_static on onnxruntime": ("fp32", peer_graph),
+    "ours on onnxruntime": ("w8a8", bundle_engine("onnxruntime")),
+    "ours on openvino": ("w8a8", bundle_engine("openvino")),
+}
+
+
+def timed(name: str, bundle: Path, batch: int, steps: int) -> dict[str, Any]:
+    """Open an engine, warm it up twice, time `steps` runs: seconds to open, median and all step times."""
+    started = time.perf_counter()
+    run = ENGINES[name][1](bundle, batch)
+    opened = time.perf_counter() - started
+    for _ in range(2):
+        run()
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        run()
+        seconds.append(round(time.perf_counter() - started, 5))
+    return {"median_s": statistics.median(seconds), "steps_s": seconds, "open_s": round(opened, 3)}
+
+
+def profile(bundle: Path, batch: int) -> list[dict[str, Any]]:
+    """What one step of ONNX Runtime spends on each kind of node: {op, nodes, milliseconds, multiply_adds}."""
+    from runtime.engine import open_session
+
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_session(bundle / "unet.ort.onnx", None, profile=Path(folder) / "profile")
+        inputs = feeds(bundle, batch)
+        for _ in range(3):
+            session.run(None, inputs)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    nodes = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for event in nodes:
+        runs.setdefault(event["name"], []).append(event)
+    spent: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    work: Counter[str] = Counter()
+    for events_of_node in runs.values():
+        last = events_of_node[-1]
+        op = last["args"]["op_name"]
+        spent[op] += min(event["dur"] for event in events_of_node)
+        count[op] += 1
+        work[op] += multiply_adds(op, last["args"])
+    return [
+        {"op": op, "nodes": count[op], "milliseconds": round(us / 1e3, 2), "multiply_adds": work[op]}
+        for op, us in spent.most_common()
+    ]
+
+
+def multiply_adds(op: str, args: dict[str, Any]) -> int:
+    """Multiply-adds of a Conv or product node, from the shapes the profiler wrote."""
+    shapes = [next(iter(shape.values())) for shape in args.get("input_type_shape", [])]
+    outputs = [next(iter(shape.values())) for shape in args.get("output_type_shape", [])]
+    if "Conv" in op and len(outputs) == 1:
+        weight = max((s for s in shapes if len(s) == 4 and s[0] != outputs[0][0]), key=np.prod, default=None)
+        weight = weight or next((s for s in shapes[1:] if len(s) == 4), [0])
+        return int(np.prod(outputs[0]) * np.prod(weight[1:]))
+    if "MatMul" in op or "Gemm" in op:
+        return int(np.prod(outputs[0]) * shapes[0][-1])
+    return 0
+
+
+def int8_peak(side: int = 2048) -> float:
+    """Multiply-adds a second of one large int8 product on OpenVINO, all cores: what the machine can do at most."""
+    import openvino as ov
+    from openvino import opset13 as op
+
+    q = op.parameter([side, side], ov.Type.f32, name="x")
+
+    def grid(value: Any, low: float, high: float, levels: int) -> Any:
+        ends = [op.constant(np.float32(v)) for v in (low, high, low, high)]
+        return op.fake_quantize(value, *ends, levels)
+
+    weight = op.constant(np.random.default_rng(0).integers(-127, 128, (side, side)).astype(np.int8))
+    scaled = op.multiply(op.convert(weight, ov.Type.f32), op.constant(np.float32(0.01)))
+    model = ov.Model([op.matmul(grid(q, 0, 6, 256), scaled, False, True)], [q])
+    request = ov.Core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
+    x = np.random.default_rng(1).random((side, side), np.float32) * 6
+    best = np.inf
+    for _ in range(8):
+        started = time.perf_counter()
+        request.infer([x])
+        best = min(best, time.perf_counter() - started)
+    return side**3 / best
+
+
+if __name__ == "__main__":
+    what, where, size, count_of_steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    if what == "profile":
+        print(json.dumps({"nodes": profile(where, size)}))
+    elif what == "peak":
+        print(json.dumps({"int8_peak": int8_peak()}))
+    else:
+        print(json.dumps(timed(what, where, size, count_of_steps)))

@@ -1,0 +1,144 @@
+"""What does one more checkpoint cost? Export of a known family beside ONNX Runtime's own quantiser, at real dimensions.
+
+    python -m bench.export [--arch sd15|sdxl|tiny] [--work DIR] [--no-peer]
+
+Every figure is a process of its own: wall time and peak resident memory. `first` traces the family (torch), `next` is
+another checkpoint of it (no torch), `quantize_static` is the peer: the FP32 UNet with attention left out, one sample.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench._large import ARCHES, Large, build
+
+ROOT = Path(__file__).parent.parent
+EXPORT = """
+import json, sys
+from pathlib import Path
+from exporters.export import export_checkpoint
+from personalq.repository import Repository
+made = export_checkpoint(Repository.open(Path(sys.argv[1])), sys.argv[2], Path(sys.argv[3]))
+heavy = sorted({"torch", "diffusers", "transformers"} & set(sys.modules))
+print(json.dumps({"bytes": made.bytes, "bytes_fp16": made.bytes_fp16, "bundle": str(made.bundle), "imported": heavy}))
+"""
+TRACE = """
+import json, sys
+from pathlib import Path
+from exporters.family import open_family
+open_family(Path(sys.argv[1]) / "families", Path(sys.argv[1]) / "bases" / "base")
+print("{}")
+"""
+PEER = """
+import json, sys
+from pathlib import Path
+import numpy as np
+import onnx
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+source, target, feeds = Path(sys.argv[1]), Path(sys.argv[2]), dict(np.load(sys.argv[3]))
+class One(CalibrationDataReader):
+    left = [feeds]
+    def get_next(self):
+        return self.left.pop() if self.left else None
+graph = onnx.load(source, load_external_data=False).graph
+weights = {tensor.name for tensor in graph.initializer}
+turned = {node.output[0] for node in graph.node if node.op_type == "Transpose" and node.input[0] in weights}
+attention = [n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] not in weights | turned]
+quantize_static(source, target, One(), quant_format=QuantFormat.QDQ, per_channel=True, use_external_data_format=True,
+    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+    nodes_to_exclude=attention)
+print("{}")
+"""
+
+
+def measured(code: str, *arguments: Any) -> dict[str, Any]:
+    """Run Python code in a process of its own; its JSON line, wall seconds and peak resident bytes."""
+    started = time.perf_counter()
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(command, stdout=out, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - started
+        out.seek(0)
+        lines = out.read().strip().splitlines()
+    if process.returncode:
+        raise click.ClickException(f"a measured process ended with {process.returncode}; its message is above")
+    told = json.loads(lines[-1])
+    return {**told, "seconds": round(seconds, 2), "peak_rss_bytes": usage.ru_maxrss * 1024}
+
+
+def measure(folder: Path, arch: str, with_peer: bool, progress: Any) -> list[dict[str, Any]]:
+    """Rows {step, seconds, peak_rss_bytes, ...} of one architecture."""
+    from bench._large import BASE, write_configs
+
+    rows = []
+    write_configs(folder / "bases" / BASE, arch)
+    if not (folder / "families").is_dir():
+        progress("tracing")
+        rows.append({"step": "first trace", **measured(TRACE, folder)})
+    large = build(folder, arch, progress)
+    for step, checkpoint in (("first checkpoint", "first"), ("next checkpoint", "next")):
+        spec = large.spec(checkpoint, "w8a8")
+        progress(step)
+        rows.append({"step": step, **measured(EXPORT, folder, checkpoint, spec)})
+    if with_peer:
+        rows.append(peer(large, folder, progress))
+    return rows
+
+
+def peer(large: Large, folder: Path, progress: Any) -> dict[str, Any]:
+    """ONNX Runtime's static quantiser on the FP32 graph of the same checkpoint."""
+    from bench._step import feeds
+    from exporters.export import export_checkpoint
+
+    progress("writing the FP32 graph")
+    bundle = export_checkpoint(large.repository, "next", large.spec("next", "fp32")).bundle
+    import numpy as np
+
+    sample = folder / "sample.npz"
+    np.savez(sample, **feeds(bundle, batch=1))
+    target = folder / "peer" / "unet.onnx"
+    target.parent.mkdir(exist_ok=True)
+    progress("quantize_static")
+    return {"step": "quantize_static", **measured(PEER, bundle / "unet.ort.onnx", target, sample)}
+
+
+@click.command()
+@click.option("--arch", type=click.Choice(list(ARCHES)), default="sd15", show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), help="Keep everything here and use it again.")
+@click.option("--peer/--no-peer", default=True, show_default=True, help="Also run quantize_static (SD1.5: 18 GB).")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the JSON here.")
+def main(arch: str, work: Path | None, peer: bool, out: Path | None) -> None:
+    """Measure the export of one more checkpoint."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (work or Path(temporary)) / arch
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = measure(folder, arch, peer, lambda text: click.echo(text, err=True))
+    steps = {row["step"]: row for row in rows}
+    summary: dict[str, Any] = {"bench": "export", "arch": arch, "rows": rows}
+    if "quantize_static" in steps:
+        ours, theirs = steps["next checkpoint"], steps["quantize_static"]
+        summary["time_ratio"] = round(ours["seconds"] / theirs["seconds"], 4)
+        summary["memory_ratio"] = round(ours["peak_rss_bytes"] / theirs["peak_rss_bytes"], 4)
+    summary["memory_over_fp16"] = round(
+        steps["next checkpoint"]["peak_rss_bytes"] / steps["next checkpoint"]["bytes_fp16"], 4
+    )
+    for row in rows:
+        click.echo(f"{row['step']:18} {row['seconds']:8.1f} s  {row['peak_rss_bytes'] / 1e9:6.2f} GB")
+    if out:
+        out.write_text(json.dumps(summary, indent=1) + "\n")
+    click.echo(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()

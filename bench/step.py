@@ -1,0 +1,107 @@
+"""How long is one step of the UNet? Every engine on this CPU at real dimensions, in one run, each in its own process.
+
+    python -m bench.step [--arch sd15|sdxl|tiny] [--batch 1 --batch 2] [--steps N] [--work DIR] [--only NAME]...
+
+ONNX Runtime and OpenVINO in FP32 and bf16 run our own unquantised graph, whose text K and V are computed outside: a
+little less work than peers do. `bench export --work DIR` leaves quantize_static's graph where this finds it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench._large import ARCHES, build
+from bench._step import ENGINES
+
+ROOT = Path(__file__).parent.parent
+OURS = ("ours on onnxruntime", "ours on openvino")
+
+
+def apart(*arguments: Any) -> dict[str, Any]:
+    """Run bench._step in a process of its own. On failure: {'error': last line of what it said}."""
+    command = [sys.executable, "-m", "bench._step", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        return {"error": said[-1][:300]}
+    made: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return made
+
+
+def summary_of(rows: list[dict[str, Any]], batch: int) -> dict[str, Any]:
+    """The ratios of one batch size; what is missing is left out."""
+    medians = {row["engine"]: row["median_s"] for row in rows if row["batch"] == batch and "median_s" in row}
+    ours = [medians[name] for name in OURS if name in medians]
+    ratios: dict[str, Any] = {}
+    if ours and "onnxruntime fp32" in medians:
+        ratios["best_over_ort_fp32"] = round(min(ours) / medians["onnxruntime fp32"], 4)
+    if ours and "openvino bf16" in medians:
+        ratios["best_over_openvino_bf16"] = round(min(ours) / medians["openvino bf16"], 4)
+    if OURS[0] in medians and "onnxruntime fp32" in medians:
+        ratios["ort_over_ort_fp32"] = round(medians[OURS[0]] / medians["onnxruntime fp32"], 4)
+    return ratios
+
+
+def roofline(bundle: Path) -> dict[str, Any]:
+    """The profile of one step of ours on ONNX Runtime, and how long its integer products would take at the peak."""
+    profile, peak = apart("profile", bundle, 1, 0), apart("peak", bundle, 1, 0)
+    if "error" in profile or "error" in peak:
+        return {"roofline_error": profile.get("error") or peak.get("error")}
+    integer = sum(n["multiply_adds"] for n in profile["nodes"] if n["op"] in ("QLinearConv", "MatMulIntegerToFloat"))
+    limit = integer / peak["int8_peak"]
+    return {
+        "profile": profile["nodes"],
+        "int8_multiply_adds": integer,
+        "int8_peak_per_s": round(peak["int8_peak"]),
+        "limit_s": round(limit, 4),
+    }
+
+
+@click.command()
+@click.option("--arch", type=click.Choice(list(ARCHES)), default="sd15", show_default=True)
+@click.option("--batch", "batches", type=int, multiple=True, default=[1, 2], show_default=True)
+@click.option("--steps", type=int, default=5, show_default=True)
+@click.option("--only", type=click.Choice(list(ENGINES)), multiple=True, help="Only these engines.")
+@click.option("--work", type=click.Path(path_type=Path), help="Keep everything here and use it again.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the JSON here.")
+def main(
+    arch: str, batches: tuple[int, ...], steps: int, only: tuple[str, ...], work: Path | None, out: Path | None
+) -> None:
+    """Time one UNet step on every engine."""
+    from exporters.export import export_checkpoint
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (work or Path(temporary)) / arch
+        large = build(folder, arch, lambda text: click.echo(text, err=True))
+        bundles = {
+            name: export_checkpoint(large.repository, "next", large.spec("next", name)).bundle
+            for name in ("fp32", "w8a8")
+        }
+        rows = []
+        for batch in batches:
+            for name in only or ENGINES:
+                row = {"engine": name, "batch": batch, **apart(name, bundles[ENGINES[name][0]], batch, steps)}
+                rows.append(row)
+                told = f"{row['median_s']:.3f} s" if "median_s" in row else row["error"]
+                click.echo(f"{name:32} batch {batch}  {told}")
+        summary = {"bench": "step", "arch": arch, "rows": rows, **summary_of(rows, batches[0])}
+        summary |= {f"batch_{batch}": summary_of(rows, batch) for batch in batches}
+        summary |= roofline(bundles["w8a8"]) if not only or OURS[0] in only else {}
+    summary["machine"] = f"{platform.machine()} {platform.system()}"
+    summary["versions"] = {name: version(name) for name in ("onnxruntime", "openvino", "torch", "diffusers")}
+    if out:
+        out.write_text(json.dumps(summary, indent=1) + "\n")
+    click.echo(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
