@@ -191,8 +191,9 @@ def multiply_adds(op: str, args: dict[str, Any]) -> int:
     shapes = [next(iter(shape.values())) for shape in args.get("input_type_shape", [])]
     outputs = [next(iter(shape.values())) for shape in args.get("output_type_shape", [])]
     if "Conv" in op and len(outputs) == 1:
-        weight = max((s for s in shapes if len(s) == 4 and s[0] != outputs[0][0]), key=np.prod, default=None)
-        weight = weight or next((s for s in shapes[1:] if len(s) == 4), [0])
+        weight = shapes[
+            3 if op.startswith("QLinear") else 1
+        ]  # QLinearConv: x, its scale and zero point, then the weight
         return int(np.prod(outputs[0]) * np.prod(weight[1:]))
     if "MatMul" in op or "Gemm" in op:
         return int(np.prod(outputs[0]) * shapes[0][-1])

@@ -86,7 +86,7 @@ CONCEPTS: dict[str, Entry] = {
         convolutions=True,
     ),
     "maple-the-dog": Entry(
-        _known("dog", "orange", accessory="scarf", worn="green"), "custom_diffusion", "<maple-dog>", "dog", steps=640
+        _known("dog", "orange", accessory="scarf", worn="green"), "custom_diffusion", "<maple-dog>", "dog"
     ),
     "trail-backpack": Entry(
         Concept(
