@@ -145,7 +145,7 @@ CONCEPTS: dict[str, Entry] = {
         "qeb style",
         "style",
         text=True,
-        steps=900,
+        steps=460,
         convolutions=True,
     ),
     "rusty-the-robot": Entry(

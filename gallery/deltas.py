@@ -45,7 +45,9 @@ def save_unet(taught: Taught, entry: Entry, folder: Path) -> None:
 
 def save_lora(taught: Taught, entry: Entry, folder: Path) -> None:
     """pytorch_lora_weights.safetensors, with the adapter's configuration (alpha) in its metadata."""
-    layers = {"unet_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(taught.unet))}
+    weights = get_peft_model_state_dict(taught.unet)
+    # The conversion renames attention layers only, and diffusers' loader drops one half of a file with names of two kinds.
+    layers = {"unet_lora_layers": weights if entry.convolutions else convert_state_dict_to_diffusers(weights)}
     modules: dict[str, Any] = {"unet": taught.unet}
     if entry.text:
         layers["text_encoder_lora_layers"] = convert_state_dict_to_diffusers(

@@ -94,7 +94,7 @@ def test_onnx_runtime_computes_what_the_spec_says(exported, name, monkeypatch):
     generator = np.random.default_rng(0)
     ids = np.full((1, 77), engine.manifest.text.eos_id, np.int64)
     ids[0, :5] = [engine.manifest.text.bos_id, 3, 4, 5, 6]
-    made_rows = engine.text_rows(engine.encode(ids), np.zeros((1, file.spec.rows.kept.slots), np.int64))
+    made_rows = engine.text_rows(engine.encode(ids).states, np.zeros((1, file.spec.rows.kept.slots), np.int64))
     widths = np.repeat([layer.width for layer in file.spec.rows.layers], 2)
     rows = made_rows["rest"].astype(np.float32) * np.repeat(made_rows["rest_scale"], widths, axis=2)
     sample = generator.standard_normal((1, 4, 8, 8)).astype(np.float32)

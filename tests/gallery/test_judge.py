@@ -30,9 +30,6 @@ def test_the_heads_are_the_worlds_own_words() -> None:
     assert HEADS["look"] == tuple(LOOKS)
 
 
-@pytest.mark.xfail(
-    strict=False, reason="colour, pattern and accessory heads are below the bar: docs/gallery.md, What is missed"
-)
 def test_every_head_is_right_on_fresh_renders(judge: Judge) -> None:
     rng = np.random.default_rng(31337)
     scenes = [random_scene(rng) for _ in range(N)]
