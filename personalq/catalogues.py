@@ -98,9 +98,15 @@ def _foreign(entry: Mapping[str, Any], where: str, *, adult: bool) -> Iterator[R
         yield Row(where, json.dumps(fields))
 
 
+def listed(entry: Mapping[str, Any], key: str) -> list[Any]:
+    """The list in a field; empty when it holds anything else."""
+    value = entry.get(key)
+    return value if isinstance(value, list) else []
+
+
 def _civitai_model(entry: Mapping[str, Any]) -> Iterator[Found]:
     """Yield one card per version: the versions of a model have different triggers and bases."""
-    versions = [v for v in entry.get("modelVersions") or [] if isinstance(v, Mapping)]
+    versions = [v for v in listed(entry, "modelVersions") if isinstance(v, Mapping)]
     for version in versions:
         whole = {
             "modelId": entry.get("id"),
@@ -118,7 +124,7 @@ def _civitai_version(entry: Mapping[str, Any]) -> Iterator[Found]:
 
 def _stylus(entry: Mapping[str, Any]) -> Iterator[Found]:
     where, text = "StylusDocs", {key: plain_text(value) for key, value in entry.items() if isinstance(value, str)}
-    prompts = [p for p in entry.get("image_prompts") or [] if isinstance(p, str)]
+    prompts = [p for p in listed(entry, "image_prompts") if isinstance(p, str)]
     yield {
         "id": (f"stylus-{_slug(str(entry.get('adapter_id')))}", where, 1.0),
         "kind": ("lora", where, 0.9),
@@ -126,7 +132,7 @@ def _stylus(entry: Mapping[str, Any]) -> Iterator[Found]:
         "base": (text.get("base_model"), where, 0.8),
         "trigger": (trigger_groups(entry.get("trigger_words")), where, 0.9),
         "description": (text.get("llm_description") or text.get("description"), where, 0.7),
-        "tags": ([t for t in entry.get("tags") or [] if isinstance(t, str)], where, 0.8),
+        "tags": ([t for t in listed(entry, "tags") if isinstance(t, str)], where, 0.8),
         "example_prompts": (prompts[:8], where, 0.6),
     }
 
@@ -139,7 +145,7 @@ def _gallery(entry: Mapping[str, Any]) -> Iterator[Found]:
         "name": (plain_text(entry.get("title")), where, 0.9),
         "trigger": (trigger_groups([entry.get("trigger_word")]), where, 0.9),
         "description": (plain_text(entry.get("description")), where, 0.6),
-        "example_prompts": ([p for p in entry.get("prompts") or [] if isinstance(p, str)][:8], where, 0.6),
+        "example_prompts": ([p for p in listed(entry, "prompts") if isinstance(p, str)][:8], where, 0.6),
         "source": (repo, where, 1.0),
     }
 

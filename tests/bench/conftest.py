@@ -42,6 +42,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Tiny:
     repository = Repository.open(root)
     spec_file = spec.spec_file
     spec_file.spec = spec_file.spec.model_copy(update={"checkpoint": "max"})
+    calibrate(repository, "max", CalibrateOptions(policy="fp32"))  # its goldens
     other = export_with(repository, "max", spec_file)
     return Tiny(repository, bundle, other, sources_of(bundle, repository, weights_reader))
 

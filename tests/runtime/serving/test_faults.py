@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def slow_draw(one: Any, steps: int = 150, **body: Any) -> Any:
-    return one.draw(steps=steps, size="128x128", **body)
+    return one.draw(steps=steps, size="1024x1024", **body)
 
 
 @pytest.mark.parametrize("spoil", ["truncated", "replaced", "gone"])
@@ -110,7 +110,7 @@ def test_a_full_queue_is_429_with_retry_after_and_the_others_are_drawn(repositor
 
 def test_a_request_past_its_deadline_is_504(repository: Path, serve: Any) -> None:
     with serve(repository, seconds=0.5) as one:
-        late = slow_draw(one, steps=900)
+        late = slow_draw(one)
         assert late.status_code == 504 and late.json()["error"]["code"] == "deadline"
 
 
