@@ -118,9 +118,9 @@ def test_a_request_past_its_deadline_is_504(repository: Path, serve: Any) -> Non
 def test_a_client_that_leaves_frees_its_slot(repository: Path, serve: Any, wait_until: Any, is_streamed: bool) -> None:
     with serve(repository, max_batch=1) as one:
         one.draw(steps=1)
-        body = {"prompt": "sks mug", "model": "moss-mug", "steps": 150, "size": "512x512", "stream": is_streamed}
+        body = {"prompt": "sks mug", "model": "moss-mug", "steps": 150, "size": "1024x1024", "stream": is_streamed}
         with pytest.raises(httpx2.ReadTimeout):
-            httpx2.post(f"{one.url}/v1/images/generations", json={**body, "partial_images": 0}, timeout=1.0)
+            httpx2.post(f"{one.url}/v1/images/generations", json={**body, "partial_images": 0}, timeout=0.5)
         wait_until(lambda: one.service.drawing.outstanding == 0, 5)
         begun = time.monotonic()
         assert one.draw(steps=1).status_code == 200
