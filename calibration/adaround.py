@@ -14,7 +14,7 @@ from personalq.numerics import QType
 from .gptq import Hessian
 
 Array = npt.NDArray[np.float32]
-ITERATIONS, LEARNING_RATE, WARM_UP, REGULARISER = 150, 3e-2, 0.2, 0.01
+ITERATIONS, LEARNING_RATE, WARM_UP = 150, 3e-2, 0.2
 STRETCH = (-0.1, 1.1)  # gamma and zeta of the rectified sigmoid, eq. 23
 
 
@@ -51,7 +51,7 @@ def adaround(weight: Array, scale: Array, hessian: Hessian, qtype: QType) -> npt
         loss = error(floor + h) / nearest
         if done >= WARM_UP:
             beta = 2 + 18 * (1 - (done - WARM_UP) / (1 - WARM_UP))
-            loss = loss + REGULARISER * 100 * done * (1 - (2 * h - 1).abs() ** beta).mean()
+            loss = loss + done * (1 - (2 * h - 1).abs() ** beta).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

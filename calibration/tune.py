@@ -69,7 +69,7 @@ def tune(
         return {**values, **weights}
 
     targets = teach(unet, lessons, guidance)
-    with quantised_activations(unet, rounded), enabled_gradients():
+    with quantised_activations(unet, rounded), torch.enable_grad():
         for step in range(n_steps):
             for group in optimizer.param_groups:
                 group["lr"] = RATE * min(1.0, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / n_steps))
@@ -131,12 +131,6 @@ def guided_loss(
 def spread(scale: Tensor, ndim: int) -> Tensor:
     """(O,) -> (O, 1, ...) for a weight of `ndim` dimensions."""
     return scale.reshape(-1, *([1] * (ndim - 1)))
-
-
-@contextmanager
-def enabled_gradients() -> Iterator[None]:
-    with torch.enable_grad():
-        yield
 
 
 @contextmanager

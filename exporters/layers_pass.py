@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from personalq.errors import SpecError
+from personalq.spec import Spec
+
 from .nodes import Builder
 
 
@@ -52,3 +55,14 @@ def find_layers(model: ir.Model) -> dict[str, LayerNode]:
             name = str(weight.name).removesuffix(".weight")
             found[name] = LayerNode(name, "conv" if node.op_type == "Conv" else "linear", node, weight)
     return found
+
+
+def layers_of(model: ir.Model, spec: Spec) -> dict[str, LayerNode]:
+    """`find_layers`, held against the spec. Raises SpecError when the two do not name the same layers."""
+    layers = find_layers(model)
+    if set(layers) != set(spec.layers):
+        odd = sorted(set(layers) ^ set(spec.layers))
+        raise SpecError(
+            f"spec {spec.name}: layers must be those of the family, got a difference at {odd[0]}; calibrate again"
+        )
+    return layers

@@ -11,13 +11,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from personalq.errors import SpecError
 from personalq.numerics import QTYPES, quantize
 from personalq.spec import LayerSpec, SpecFile
 
 from .adjust_pass import add_low_rank, balance, correct_prediction
 from .attention_pass import fuse_attention
-from .layers_pass import LayerNode, find_layers, split_gemms
+from .layers_pass import LayerNode, layers_of, split_gemms
 from .nodes import Builder, add_initializer
 from .rows_pass import assemble_rows
 from .store import Array, StoredTensor, as_float
@@ -40,12 +39,7 @@ def lower_unet(model: ir.Model, spec_file: SpecFile) -> Lowered:
     """Apply a spec to the family's UNet graph (edited in place). Raises SpecError when the two do not fit."""
     spec = spec_file.spec
     split_gemms(model)
-    layers = find_layers(model)
-    if set(layers) != set(spec.layers):
-        odd = sorted(set(layers) ^ set(spec.layers))
-        raise SpecError(
-            f"spec {spec.name}: layers must be those of the family, got a difference at {odd[0]}; calibrate again"
-        )
+    layers = layers_of(model, spec)
     lowered = Lowered(model, [])
     quantised: Quantised = {}
     for name, layer in layers.items():

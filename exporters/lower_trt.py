@@ -17,7 +17,7 @@ from personalq.spec import LayerSpec, SpecFile
 from .adjust_pass import add_low_rank, balance, correct_prediction
 from .census import count, layer_kinds, require_equal
 from .half_pass import HALF, to_half
-from .layers_pass import LayerNode, find_layers, split_gemms
+from .layers_pass import LayerNode, layers_of, split_gemms
 from .lower_ort import STORAGE, Lowered, integer_weight
 from .nodes import Builder, add_initializer
 from .rows_pass import assemble_rows
@@ -38,12 +38,7 @@ def lower_unet_trt(model: ir.Model, spec_file: SpecFile) -> Lowered:
     dtype = STORAGE[spec.storage]
     model.graph.opset_imports[""] = OPSET
     split_gemms(model)
-    layers = find_layers(model)
-    if set(layers) != set(spec.layers):
-        odd = sorted(set(layers) ^ set(spec.layers))
-        raise SpecError(
-            f"spec {spec.name}: layers must be those of the family, got a difference at {odd[0]}; calibrate again"
-        )
+    layers = layers_of(model, spec)
     if dtype == HALF:
         _make_half(model, keep_rows=spec.is_float)
     if not spec.is_float:
