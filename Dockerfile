@@ -8,6 +8,7 @@ WORKDIR /source
 COPY pyproject.toml constraints.txt README.md LICENSE cli.py ./
 COPY personalq personalq
 COPY runtime runtime
+COPY fleet fleet
 # The other rooms are named in pyproject.toml; a server has only their names.
 RUN mkdir -p calibration exporters/lint gallery bench && touch calibration/__init__.py exporters/__init__.py \
         exporters/lint/__init__.py gallery/__init__.py bench/__init__.py \

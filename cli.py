@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.commands import asking_options, drawing_options, exporting_options, serving_options
+from fleet.command import export_command
+from runtime.commands import asking_options, drawing_options, serving_options
 from runtime.console import Commands, Result, each_line, progress, reports, start_logging, talk
 from runtime.gate.command import verify_command
 
@@ -150,23 +151,7 @@ def calibrate(id_: str, policy: str, bits: str, budget_mb: float | None, page: P
     return Result({"spec": str(made.spec_path), "policy": policy, "bits": bits, **counted})
 
 
-@cli.command()
-@click.argument("id_", metavar="ID")
-@exporting_options
-@reports
-def export(
-    id_: str, spec: Path | None, targets: tuple[str, ...], settings: tuple[str, ...], lint: str | None
-) -> Result:
-    """Export a checkpoint under a spec into a bundle, and build its engines."""
-    repository = opened()
-    repository.checkpoint_dir(id_)
-    from exporters.request import export_request, lint_result
-
-    with progress() as report:
-        made = export_request(repository, id_, spec, targets, report, settings)
-    if lint:
-        return Result(*lint_result(made))
-    return Result({**asdict(made), "bundle": str(made.bundle)})
+cli.add_command(export_command(opened))
 
 
 def weights_reader() -> OpenWeights:

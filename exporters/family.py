@@ -40,13 +40,22 @@ class Family:
 def open_family(families: Path, base_dir: Path, progress: Report = silent) -> Family:
     """The family of `base_dir`'s architecture; traced now (torch needed) when the repository does not have it yet."""
     configs = read_configs(base_dir)
-    key = family_key(configs)
-    folder = families / f"{key}-v{TRACE_VERSION}"
-    if not (folder / NOTE).is_file():
+    key, folder = family_key(configs), family_folder(families, base_dir)
+    if not is_traced(folder):
         with only_one(folder):
-            if not (folder / NOTE).is_file():
+            if not is_traced(folder):
                 _write_family(folder, key, configs, progress)
     return Family(key, folder, configs)
+
+
+def family_folder(families: Path, base_dir: Path) -> Path:
+    """Where the family of `base_dir`'s architecture is, or will be. Raises RepositoryError for a base that is refused."""
+    return families / f"{family_key(read_configs(base_dir))}-v{TRACE_VERSION}"
+
+
+def is_traced(folder: Path) -> bool:
+    """Whether a family's folder is there, whole."""
+    return (folder / NOTE).is_file()
 
 
 def _write_family(folder: Path, key: str, configs: dict[str, dict[str, Any]], progress: Report) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ _WHY = {
     "in_channels": "inpainting, depth and upscaling UNets are told more than a prompt, which is not supported",
     "time_cond_proj_dim": "guidance-distilled UNets (LCM) are not supported; their LoRA form on a plain base is",
 }
+_STILL_S = 2.0
+_DIGESTS: dict[tuple[str, int, int, int], str] = {}
 _BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
 
 
@@ -115,8 +118,20 @@ def weights_sha256(base_dir: Path, checkpoint_dir: Path | None) -> str:
         if folder is None:
             continue
         for file in sorted(folder.rglob("*.safetensors")):
-            digest.update(f"{role}/{file.relative_to(folder).as_posix()}:{file_sha256(file)}\n".encode())
+            digest.update(f"{role}/{file.relative_to(folder).as_posix()}:{_file_digest(file)}\n".encode())
     return digest.hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    """file_sha256, once a process for a file that lay still: a base is hashed for every checkpoint over it."""
+    stat = file.stat()
+    key = (str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if key in _DIGESTS:
+        return _DIGESTS[key]
+    digest = file_sha256(file)
+    if time.time() - stat.st_mtime > _STILL_S:  # a change within one tick of the file system's clock would not show
+        _DIGESTS[key] = digest
+    return digest
 
 
 def sampling_defaults(base_dir: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from .gate import LEVELS
+
 TARGETS = click.Choice(["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"])
 _FILE = click.Path(path_type=Path)
 _TARGET = click.option("--target", type=TARGETS, default="onnxruntime", show_default=True)
@@ -24,6 +26,17 @@ _EXPORTING = (
     click.option("--target", "targets", type=TARGETS, multiple=True, default=["onnxruntime"], show_default=True),
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of a TensorRT plan: docs/tensorrt.md."),
     click.option("--lint", type=click.Choice(["trt"]), help="Say what a TensorRT builder would not take."),
+)
+_FLEET = (
+    click.option("--all", "every", is_flag=True, help="Every checkpoint with weights: calibrate, export, verify."),
+    click.option("--ids", type=_FILE, help="The same for the ids in FILE, one a line."),
+    click.option("--workers", type=click.IntRange(min=1), help="At a time. Default: what cores and memory allow."),
+    click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Cores of one export."),
+    click.option(
+        "--memory-mb", type=click.FloatRange(min=1), default=4000.0, show_default=True, help="What one export takes."
+    ),
+    click.option("--retries", type=click.IntRange(min=0), default=2, show_default=True, help="When a worker is lost."),
+    click.option("--verify", type=click.Choice([*LEVELS, "none"]), default="images", show_default=True),
 )
 _ASKING = (
     click.option("--answer", "answers", multiple=True, help="Answer to the question asked; repeat for later ones."),
@@ -49,6 +62,11 @@ Command = Callable[..., Any]
 def exporting_options(command: Command) -> Command:
     """Give a command the options of `personalq export`."""
     return _with(_EXPORTING, command)
+
+
+def fleet_options(command: Command) -> Command:
+    """Give a command the options of `personalq export` over many checkpoints."""
+    return _with(_FLEET, command)
 
 
 def asking_options(command: Command) -> Command:

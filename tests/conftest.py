@@ -27,6 +27,22 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path):
+    """(repository, {'fp32': ExportResult, 'taq': ExportResult}) of checkpoint 'rex'."""
+    pytest.importorskip("torch", reason="torch is not installed: pip install 'personalq[export]'")
+    from calibration.calibrate import CalibrateOptions, calibrate
+    from exporters.export import export_checkpoint
+    from tests.repositories import tiny_repository
+
+    repository = tiny_repository(tmp_path_factory.mktemp("repo"), tiny_base, tiny_pipeline())
+    results = {}
+    for policy in ("fp32", "taq"):
+        spec = calibrate(repository, "rex", CalibrateOptions(policy=policy, samples=2, steps=3))
+        results[policy] = export_checkpoint(repository, "rex", spec.spec_path)
+    return repository, results
+
+
 def tiny_pipeline(seed: int = 0) -> Any:
     """A StableDiffusionPipeline in memory: UNet (32, 64) with two blocks, CLIP text model 32 wide, VAE (8, 16)."""
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'personalq[export]'")

@@ -15,15 +15,16 @@ from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-TOP = ("personalq", "calibration", "exporters", "runtime", "cli", "gallery", "bench")
+TOP = ("personalq", "calibration", "exporters", "runtime", "fleet", "cli", "gallery", "bench")
 
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "onnx", "onnx_ir", "onnxscript"}
-ABOVE = {"cli", "bench", "tests", "gallery"}
+ABOVE = {"fleet", "cli", "bench", "tests", "gallery"}
 FORBIDDEN = {
     "personalq": HEAVY | ABOVE | {"calibration", "exporters", "runtime"},
     "runtime": HEAVY | ABOVE | {"calibration", "exporters"},
     "calibration": ABOVE | {"exporters", "runtime"},
     "exporters": ABOVE | {"calibration", "runtime"},
+    "fleet": ABOVE - {"fleet"},
 }
 
 
@@ -64,7 +65,9 @@ def fresh(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("room", ["runtime", "personalq", "cli", "exporters", "calibration", "gallery", "bench"])
+@pytest.mark.parametrize(
+    "room", ["runtime", "personalq", "cli", "exporters", "calibration", "fleet", "gallery", "bench"]
+)
 def test_importing_a_room_loads_nothing_heavy(room: str) -> None:
     loaded = set(fresh(f"import {room}, sys; print(*sys.modules)").split())
     assert not loaded & (HEAVY | {"onnxruntime", "openvino", "tensorrt", "scipy"})

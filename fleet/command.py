@@ -1,0 +1,95 @@
+"""`personalq export` as a click command: one checkpoint, or many over processes and machines. Imports nothing heavy."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from personalq.errors import RepositoryError
+from runtime.commands import exporting_options, fleet_options
+from runtime.console import Result, progress, reports
+
+if TYPE_CHECKING:
+    from personalq.repository import Repository
+
+
+ONE_ONLY = ("lint",)
+MANY_ONLY = ("workers", "threads", "memory_mb", "retries", "verify")
+
+
+def export_command(opened: "Callable[[], Repository]") -> click.Command:
+    """The command. opened: the repository of --repo."""
+
+    @click.command()
+    @click.argument("id_", metavar="[ID]", required=False)
+    @exporting_options
+    @fleet_options
+    @reports
+    def export(id_: str | None, every: bool, ids: Path | None, **options: Any) -> Result:
+        """Export a checkpoint under a spec into a bundle, and build its engines; with --all or --ids, many of them."""
+        if [id_ is not None, every, ids is not None].count(True) != 1:
+            raise click.UsageError("name one of ID, --all and --ids FILE")
+        _refuse_given(ONE_ONLY if id_ is None else MANY_ONLY, "one ID" if id_ is None else "--all or --ids")
+        return _one(opened(), id_, **options) if id_ is not None else _many(opened(), ids, **options)
+
+    return export
+
+
+def _refuse_given(names: tuple[str, ...], goes_with: str) -> None:
+    """Refuse options that would be ignored."""
+    context = click.get_current_context()
+    given = [name for name in names if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE]
+    if given:
+        raise click.UsageError(f"--{given[0].replace('_', '-')} goes with {goes_with}")
+
+
+def _one(
+    repository: "Repository",
+    id_: str,
+    *,
+    spec: Path | None,
+    targets: tuple[str, ...],
+    settings: tuple[str, ...],
+    lint: str | None,
+    **_: Any,
+) -> Result:
+    repository.checkpoint_dir(id_)
+    from exporters.request import export_request, lint_result
+
+    with progress() as report:
+        made = export_request(repository, id_, spec, targets, report, settings)
+    if lint:
+        return Result(*lint_result(made))
+    return Result({**asdict(made), "bundle": str(made.bundle)})
+
+
+def _many(repository: "Repository", ids: Path | None, *, retries: int, **options: Any) -> Result:
+    from .pool import Pool, fitting_workers
+    from .run import run_fleet
+    from .work import Work, read_ids, spec_name
+
+    named = read_ids(ids) if ids is not None else with_weights(repository)
+    work = Work(
+        root=str(repository.root),
+        spec=spec_name(options["spec"]),
+        targets=options["targets"],
+        settings=options["settings"],
+        verify=options["verify"],
+        threads=options["threads"],
+    )
+    n_workers = options["workers"] or fitting_workers(work.threads, round(options["memory_mb"] * 1e6))
+    with progress() as report:
+        summary = run_fleet(work, named, Pool(work, n_workers), retries, report)
+    return Result(summary.to_json(), code=1 if summary.of("failed") else 0)
+
+
+def with_weights(repository: "Repository") -> list[str]:
+    """Every checkpoint that can be exported. Raises RepositoryError when there is none."""
+    found = [entry.card.id for entry in repository.entries() if entry.has_weights]
+    if not found:
+        raise RepositoryError(
+            f"{repository.root}: must hold a checkpoint with weights, got none; add one with 'personalq add SOURCE'"
+        )
+    return found
