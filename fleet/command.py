@@ -1,6 +1,8 @@
 """`personalq export` as a click command: one checkpoint, or many over processes and machines. Imports nothing heavy."""
 
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +16,13 @@ from runtime.console import Result, progress, reports
 if TYPE_CHECKING:
     from personalq.repository import Repository
 
+    from .run import Workers
+    from .work import Work
+
 
 ONE_ONLY = ("lint",)
-MANY_ONLY = ("workers", "threads", "memory_mb", "retries", "verify")
+MANY_ONLY = ("workers", "threads", "memory_mb", "retries", "verify", "on", "address", "gpus")
+OF_RAY = ("address", "gpus")
 
 
 def export_command(opened: "Callable[[], Repository]") -> click.Command:
@@ -32,6 +38,10 @@ def export_command(opened: "Callable[[], Repository]") -> click.Command:
         if [id_ is not None, every, ids is not None].count(True) != 1:
             raise click.UsageError("name one of ID, --all and --ids FILE")
         _refuse_given(ONE_ONLY if id_ is None else MANY_ONLY, "one ID" if id_ is None else "--all or --ids")
+        if options["on"] == "ray":
+            _refuse_given(("workers",), "--on local; Ray runs as many as the cluster has room for")
+        else:
+            _refuse_given(OF_RAY, "--on ray")
         return _one(opened(), id_, **options) if id_ is not None else _many(opened(), ids, **options)
 
     return export
@@ -66,7 +76,6 @@ def _one(
 
 
 def _many(repository: "Repository", ids: Path | None, *, retries: int, **options: Any) -> Result:
-    from .pool import Pool, fitting_workers
     from .run import run_fleet
     from .work import Work, read_ids, spec_name
 
@@ -79,10 +88,23 @@ def _many(repository: "Repository", ids: Path | None, *, retries: int, **options
         verify=options["verify"],
         threads=options["threads"],
     )
-    n_workers = options["workers"] or fitting_workers(work.threads, round(options["memory_mb"] * 1e6))
-    with progress() as report:
-        summary = run_fleet(work, named, Pool(work, n_workers), retries, report)
+    workers = (_cluster if options["on"] == "ray" else _pool)(work, **options)
+    with redirect_stdout(sys.stderr), progress() as report:  # Ray prints on stdout when it loses a machine
+        summary = run_fleet(work, named, workers, retries, report)
     return Result(summary.to_json(), code=1 if summary.of("failed") else 0)
+
+
+def _pool(work: "Work", *, workers: int | None, memory_mb: float, **_: Any) -> "Workers":
+    from .pool import Pool, fitting_workers
+
+    return Pool(work, workers or fitting_workers(work.threads, round(memory_mb * 1e6)))
+
+
+def _cluster(work: "Work", *, address: str, memory_mb: float, gpus: float | None, **_: Any) -> "Workers":
+    from .cluster import Cluster, Needs
+
+    gpus = float("tensorrt" in work.targets) if gpus is None else gpus
+    return Cluster(work, address, Needs(work.threads, gpus, round(memory_mb * 1e6)))
 
 
 def with_weights(repository: "Repository") -> list[str]:

@@ -39,6 +39,10 @@ class PromptError(PersonalQError):
     """A prompt is not usable, for example because its trigger does not fit into the text encoder."""
 
 
+class FleetError(PersonalQError):
+    """The machines of a run over many checkpoints cannot be reached, or its store cannot be used."""
+
+
 class MissingExtraError(PersonalQError):
     """An optional package is needed and not installed."""
 

@@ -37,6 +37,9 @@ _FLEET = (
     ),
     click.option("--retries", type=click.IntRange(min=0), default=2, show_default=True, help="When a worker is lost."),
     click.option("--verify", type=click.Choice([*LEVELS, "none"]), default="images", show_default=True),
+    click.option("--on", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where."),
+    click.option("--address", default="", help="Of the Ray cluster. Default: this machine's."),
+    click.option("--gpus", type=click.FloatRange(min=0), help="GPUs of one export on Ray. Default: 1 for tensorrt."),
 )
 _ASKING = (
     click.option("--answer", "answers", multiple=True, help="Answer to the question asked; repeat for later ones."),

@@ -39,6 +39,7 @@ EXTRAS = {
     "uvicorn": "serve",
     "prometheus_client": "serve",
     "openai": "llm",
+    "ray": "ray",
 }
 
 

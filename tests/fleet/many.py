@@ -30,5 +30,5 @@ def fresh_copy(source: Path, root: Path) -> Repository:
 
 def content(bundles: Path) -> dict[str, bytes]:
     """Every file of every bundle, the gate's notes left out (seconds are not in them, but nothing promises their bytes)."""
-    files = [file for file in sorted(bundles.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in sorted(bundles.glob("[!.]*/**/*")) if file.is_file()]  # a killed export leaves .tmp-*
     return {str(file.relative_to(bundles)): file.read_bytes() for file in files if file.name != "verified.json"}

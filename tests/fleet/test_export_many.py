@@ -188,16 +188,14 @@ def spoil(goldens: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_without_a_spec_is_calibrated_and_verified_down_to_its_pictures(
-    many: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_without_a_spec_is_calibrated_first_and_only_once(many: Path, tmp_path: Path) -> None:
     root = fresh_copy(many, tmp_path / "repository").root
-    data, code = export(root, "--ids", write_ids(tmp_path, "one"), "--workers", "1")
+    data, code = export(root, "--ids", write_ids(tmp_path, "one"), "--workers", "1", "--verify", "obedience")
     assert code == 0, data["failed"]
     row = data["done"][0]
-    assert (row["spec"], row["verified"]) == ("taq-w8a8", "images") and row["calibrate_s"] > 0
+    assert (row["spec"], row["verified"]) == ("taq-w8a8", "obedience") and row["calibrate_s"] > 0
     assert (root / "specs" / "one" / "reference.safetensors").is_file()
-    again, _ = export(root, "--ids", write_ids(tmp_path, "one"), "--workers", "1")
+    again, _ = export(root, "--ids", write_ids(tmp_path, "one"), "--workers", "1", "--verify", "obedience")
     assert [row["id"] for row in again["reused"]] == ["one"] and "calibrate_s" not in again["reused"][0]
 
 
@@ -289,6 +287,8 @@ def test_a_spec_file_belongs_to_one_checkpoint(name: str) -> None:
         (["rex", "--all"], "name one of ID, --all and --ids FILE"),
         (["rex", "--workers", "2"], "--workers goes with --all or --ids"),
         (["--all", "--lint", "trt"], "--lint goes with one ID"),
+        (["--all", "--address", "10.0.0.1:6379"], "--address goes with --on ray"),
+        (["--all", "--on", "ray", "--workers", "2"], "--workers goes with --on local"),
     ],
 )
 def test_options_that_would_be_ignored_are_usage_errors(tmp_path: Path, arguments: list[str], line: str) -> None:
