@@ -14,7 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +24,11 @@ import click
 import numpy as np
 
 from bench.intervals import bootstrap
+from personalq.atomic import write_atomic
 from personalq.numerics import psnr_db
 
 METRICS = ("psnr_db", "ssim", "concept", "prompt")
 LARGEST_DB = 60.0  # stands for "equal" in means
-TIME_BINS = 5
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,21 @@ class Plan:
     policies: tuple[str, ...]
     prompts: int
     seeds: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What rows must agree in to be compared."""
+        return {"policies": list(self.policies), "prompts": self.prompts, "seeds": self.seeds}
+
+
+def measured_before(out: Path | None, plan: Plan) -> list[dict[str, Any]]:
+    """Rows of an earlier run of the same plan that was stopped or saw other checkpoints. Raises click.ClickException."""
+    if out is None or not out.exists():
+        return []
+    found = json.loads(out.read_text())
+    if found.get("plan") != plan.key:
+        raise click.ClickException(f"{out}: was measured with {found.get('plan')}, not {plan.key}; name another file")
+    return list(found["rows"])
 
 
 def measure_checkpoint(plan: Plan, checkpoint_id: str) -> list[dict[str, Any]]:
@@ -56,9 +71,10 @@ def measure_checkpoint(plan: Plan, checkpoint_id: str) -> list[dict[str, Any]]:
         if policy != "fp32" and shared is None:
             shared = gather(repository, repository.card(checkpoint_id), CalibrateOptions())
         made = export(repository, checkpoint_id, policy, shared)
-        images = np.concatenate(list(draw(made["bundle"], prompts, plan.seeds)))
+        pipeline = opened(made["bundle"])
+        images = np.concatenate(list(draw(pipeline, prompts, plan.seeds)))
         if policy == "fp32":
-            path = trajectory(made["bundle"], prompts[:4])
+            path = trajectory(pipeline, prompts[:4])
         reference = images if reference is None else reference
         pictures = {
             "psnr_db": [min(psnr_db(r, i, peak=255), LARGEST_DB) for r, i in zip(reference, images, strict=True)],
@@ -67,7 +83,7 @@ def measure_checkpoint(plan: Plan, checkpoint_id: str) -> list[dict[str, Any]]:
             "prompt": judge.prompt_score(images, [p for p in prompts for _ in range(plan.seeds)]).tolist(),
         }
         means = {name: float(np.mean(values)) for name, values in pictures.items()}
-        noise = {"noise_error": noise_error(made["bundle"], path)}
+        noise = {"noise_error": noise_error(pipeline, path)}
         rows.append(
             {"checkpoint": checkpoint_id, "policy": policy, **made["facts"], **means, **noise, "pictures": pictures}
         )
@@ -125,11 +141,10 @@ def opened(bundle: Path) -> Any:
     return Pipeline(OrtEngine(bundle, threads=1))
 
 
-def draw(bundle: Path, prompts: list[str], seeds: int) -> Iterator[np.ndarray]:
+def draw(pipeline: Any, prompts: list[str], seeds: int) -> Iterator[np.ndarray]:
     """(seeds,H,W,3) uint8 pictures, prompt by prompt; the seeds of a prompt are one batch."""
     from runtime.pipeline import Picture
 
-    pipeline = opened(bundle)
     for prompt in prompts:
         steps = pipeline.denoise([Picture(prompt, seed=seed) for seed in range(seeds)])
         *_, last = steps
@@ -146,11 +161,11 @@ class Point:
     prediction: np.ndarray
 
 
-def trajectory(bundle: Path, prompts: list[str], every: int = 3) -> list[Point]:
+def trajectory(pipeline: Any, prompts: list[str], every: int = 3) -> list[Point]:
     """Points of the FP32 pictures of these prompts (seed 0), every third step."""
     from runtime.pipeline import Picture, start_noise
 
-    pipeline, points = opened(bundle), []
+    points = []
     for prompt in prompts:
         steps = list(pipeline.denoise([Picture(prompt, seed=0)]))
         starts = [start_noise(0, steps[0].latents.shape[1:]), *(step.latents[0] for step in steps)]
@@ -169,14 +184,14 @@ def predict_at(pipeline: Any, prompt: str, latents: np.ndarray, timestep: float)
     return np.asarray(uncond + pipeline.manifest.guidance * (cond - uncond))
 
 
-def noise_error(bundle: Path, points: list[Point]) -> list[float]:
+def noise_error(pipeline: Any, points: list[Point]) -> list[float]:
     """Relative squared error of the guided prediction at these points, one number per time-step bin (late to early)."""
-    pipeline = opened(bundle)
-    bins: list[list[float]] = [[] for _ in range(TIME_BINS)]
+    from calibration.statistics import N_TIME_BINS, time_bin
+
+    bins: list[list[float]] = [[] for _ in range(N_TIME_BINS)]
     for point in points:
         gap = predict_at(pipeline, point.prompt, point.latents, point.timestep) - point.prediction
-        number = min(int(point.timestep * TIME_BINS / 1000), TIME_BINS - 1)
-        bins[number].append(float((gap**2).sum() / (point.prediction**2).sum()))
+        bins[time_bin(point.timestep)].append(float((gap**2).sum() / (point.prediction**2).sum()))
     return [float(np.mean(part)) if part else 0.0 for part in bins]
 
 
@@ -188,11 +203,12 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def differences(rows: list[dict[str, Any]], baseline: str = "fp32") -> list[dict[str, Any]]:
-    """Paired mean differences of every policy with the first quantised one (and with FP32), with 95 % intervals."""
+    """Paired mean differences, 95 % intervals: every policy with FP32, and `taq` with the others of its bits and budget."""
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     pairs = [(p, baseline) for p in policies if p != baseline]
-    first = next((p for p in policies if p != baseline), baseline)
-    pairs += [(first, p) for p in policies if p not in (first, baseline)]
+    for ours in (p for p in policies if p.startswith("taq-w")):
+        width = ours.removeprefix("taq-")
+        pairs += [(ours, p) for p in policies if p.endswith(f"-{width}") and p != ours]
     by = {(row["checkpoint"], row["policy"]): row["pictures"] for row in rows}
     result = []
     for a, b in pairs:
@@ -230,7 +246,9 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 @click.option("--seeds", default=4, show_default=True)
 @click.option("--quick", is_flag=True, help="3 prompts x 1 seed")
 @click.option("--jobs", default=2, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="also write the JSON here")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="write the JSON here; checkpoints it already holds are kept"
+)
 def main(
     repo: Path, policies: str, checkpoints: str, prompts: int, seeds: int, quick: bool, jobs: int, out: Path | None
 ) -> None:
@@ -244,22 +262,27 @@ def main(
     wanted = (
         checkpoints.split(",") if checkpoints else [c.id for c in repository.cards() if repository.has_weights(c.id)]
     )
-    export(repository, wanted[0], "fp32")  # the family is traced once, before the workers start
-    rows: list[dict[str, Any]] = []
+    rows = measured_before(out, plan)
+    wanted = [c for c in wanted if c not in {row["checkpoint"] for row in rows}]
+    if wanted:
+        export(repository, wanted[0], "fp32")  # the family is traced once, before the workers start
     with ProcessPoolExecutor(jobs) as pool:
-        for part in pool.map(measure_checkpoint, [plan] * len(wanted), wanted):
+        for done in as_completed([pool.submit(measure_checkpoint, plan, checkpoint) for checkpoint in wanted]):
+            part = done.result()
             rows += part
             click.echo(
                 f"{part[0]['checkpoint']}: " + "  ".join(f"{r['policy']} {r['psnr_db']:.1f} dB" for r in part[1:]),
                 err=True,
             )
+            if out:
+                write_atomic(out, json.dumps({"bench": "quality", "plan": plan.key, "rows": rows}).encode())
+    rows.sort(key=lambda row: row["checkpoint"])
     click.echo("\n".join(table(rows)))
     summary = {
         "bench": "quality",
+        "plan": plan.key,
         "rows": rows,
         "differences": differences(rows),
-        "prompts": plan.prompts,
-        "seeds": plan.seeds,
         "seconds": round(time.perf_counter() - started, 1),
         "machine": f"{platform.machine()} {platform.system()}",
         "versions": {name: version(name) for name in ("onnxruntime", "torch", "diffusers")},
@@ -267,7 +290,7 @@ def main(
     for metric in ("psnr_db", "concept") if out else ():
         plot(rows, metric, out.with_name(f"{out.stem}_{metric.removesuffix('_db')}.png"))
     if out:
-        out.write_text(json.dumps(summary, indent=1) + "\n")
+        write_atomic(out, (json.dumps(summary) + "\n").encode())
     click.echo(json.dumps(summary))
 
 

@@ -93,7 +93,11 @@ def finished(evidence: Evidence, rule: Rule, decisions: Decisions) -> Decisions:
     """What needs all layers decided: tuning of floats, correction of the prediction."""
     if rule.tune and any(QTYPES[d.weight].bits < 8 for d in decisions.layers.values() if d.weight != "float"):
         tensors, tuned = tune_decisions(evidence, decisions.layers, decisions.tensors, rule.weighting)
-        decisions = replace(decisions, tensors=decisions.tensors | tensors, tuned=tuned)
+        layers = {
+            name: d if d.weight == "float" else d.model_copy(update={"rounding": "stored"})
+            for name, d in decisions.layers.items()
+        }
+        decisions = replace(decisions, layers=layers, tensors=decisions.tensors | tensors, tuned=tuned)
     if rule.corrected:
         found = correct(evidence, decisions.layers, decisions.tensors)
         decisions = replace(decisions, tensors=decisions.tensors | found, corrected=True)

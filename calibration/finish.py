@@ -27,10 +27,13 @@ def rounded_layers(evidence: Evidence, layers: Mapping[str, LayerSpec], tensors:
             continue
         weight, scale = evidence.seen.layers[name].weight, tensors[f"{name}.weight_scale"]
         stored = tensors.get(f"{name}.weight_q")
-        q = quantize(weight.numpy(), scale, QTYPES[layer.weight], 0) if stored is None else stored
+        qtype = QTYPES[layer.weight]
+        q = quantize(weight.numpy(), scale, qtype, 0) if stored is None else stored
         output = tensors.get(f"{name}.output_scale")
         result[name] = Rounded(
             q=torch.from_numpy(q.astype(np.float32)),
+            exact=weight.float() / spread(torch.from_numpy(np.asarray(scale, np.float32)), weight.ndim),
+            qtype=qtype,
             scale=torch.from_numpy(np.asarray(scale, np.float32)),
             input_scale=float(tensors[f"{name}.input_scale"]),
             output_scale=None if output is None else float(output),
@@ -41,7 +44,10 @@ def rounded_layers(evidence: Evidence, layers: Mapping[str, LayerSpec], tensors:
 def tune_decisions(
     evidence: Evidence, layers: Mapping[str, LayerSpec], tensors: Tensors, weighting: str
 ) -> tuple[Tensors, tuple[str, ...]]:
-    """New weight scales, and `<parameter>.tuned` for every bias and norm of the UNet."""
+    """New integers and scales of the weights, and `<parameter>.tuned` for every bias and norm of the UNet.
+
+    For rules without balance or low-rank branch: integers are tuned towards the checkpoint's own weights.
+    """
     found = tune(
         evidence.pipe.unet,
         rounded_layers(evidence, layers, tensors),
@@ -52,7 +58,8 @@ def tune_decisions(
     )
     scales = {f"{name}.weight_scale": scale.numpy() for name, scale in found.scales.items()}
     values = {f"{name}.tuned": value.numpy() for name, value in found.values.items()}
-    return {**scales, **values}, tuple(sorted(found.values))
+    integers = {f"{name}.weight_q": q.to(torch.int8).numpy() for name, q in found.integers.items()}
+    return {**integers, **scales, **values}, tuple(sorted(found.values))
 
 
 def correct(evidence: Evidence, layers: Mapping[str, LayerSpec], tensors: Tensors) -> Tensors:

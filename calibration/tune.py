@@ -1,6 +1,7 @@
-"""Tuning after rounding: scales, biases and norms are learnt so that the quantised UNet predicts what the FP32 one does.
+"""Tuning after rounding: scales, biases, norms and single integers are learnt so that the quantised UNet predicts as in FP32.
 
-The integers stay as they are and nothing grows: only numbers that are floats anyway move. The loss is the squared error of the
+Nothing grows: floats that are there anyway move, and a few in a thousand integers go one step, by the straight-through
+estimator (arXiv 1308.3432) from where rounding left them, leaning towards the exact weight. The loss is the squared error of the
 *guided* prediction u + g (c - u) (Classifier-Free Diffusion Guidance, arXiv 2207.12598, eq. 6), because that is what a
 sampler follows: an error that both halves share is passed on once, one they do not share g-fold, and the trigger lives in
 the difference. TAQ weighs its pixels by where the trigger attends. In the spirit of block reconstruction (BRECQ, arXiv
@@ -18,16 +19,25 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from personalq.numerics import QType
+
 from .sensitivity import Points
 
-STEPS, PAIRS, RATE = 160, 6, 1e-3
+STEPS, PAIRS = 160, 6
+RATE, INTEGER_RATE = 2e-3, 1e-2  # of log scales, biases and norms; of weights, in quantisation steps
+LEAN = 0.45  # an integer starts this share of the way to its exact weight: near the edge it would cross, never over it
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """One quantised layer: integers, scale per output channel, and the static activation scales (None: not quantised)."""
+    """One quantised layer: integers, scale per output channel, and the static activation scales (None: not quantised).
+
+    exact: the weight the integers stand for, in steps; qtype: the integers' range.
+    """
 
     q: Tensor
+    exact: Tensor
+    qtype: QType
     scale: Tensor
     input_scale: float
     output_scale: float | None
@@ -35,8 +45,9 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Tuned:
-    """New scales by layer, new values by parameter, and the loss before and after."""
+    """New integers and scales by layer, new values by parameter, and the loss before and after."""
 
+    integers: dict[str, Tensor]
     scales: dict[str, Tensor]
     values: dict[str, Tensor]
     before: float
@@ -53,17 +64,23 @@ def tune(
     steps: int | None = None,
     progress: Callable[[float], None] = lambda done: None,
 ) -> Tuned:
-    """Adam on log scales, biases and norms, PAIRS pairs a step (`steps`: STEPS), seeded. The model is unchanged afterwards."""
+    """Adam on log scales, biases, norms and integers, PAIRS pairs a step (`steps`: STEPS), seeded. Leaves the model as it is."""
     n_steps = STEPS if steps is None else steps
     moves = {name: torch.zeros(len(layer.scale), requires_grad=True) for name, layer in rounded.items()}
     values = {name: p.detach().clone().requires_grad_(True) for name, p in unet.named_parameters() if p.ndim == 1}
-    optimizer = torch.optim.Adam([*moves.values(), *values.values()], lr=RATE)
+    latent = {name: leaning(layer).requires_grad_(True) for name, layer in rounded.items()}
+    groups = [
+        {"params": [*moves.values(), *values.values()], "peak": RATE},
+        {"params": [*latent.values()], "peak": INTEGER_RATE},
+    ]
+    optimizer = torch.optim.Adam(groups, lr=RATE)
     generator = torch.Generator().manual_seed(0)
     losses = []
 
     def parameters() -> dict[str, Tensor]:
         weights = {
-            f"{name}.weight": layer.q * spread(layer.scale * moves[name].exp(), layer.q.ndim)
+            f"{name}.weight": straight_through(latent[name], layer.qtype)
+            * spread(layer.scale * moves[name].exp(), layer.q.ndim)
             for name, layer in rounded.items()
         }
         return {**values, **weights}
@@ -72,7 +89,9 @@ def tune(
     with quantised_activations(unet, rounded), torch.enable_grad():
         for step in range(n_steps):
             for group in optimizer.param_groups:
-                group["lr"] = RATE * min(1.0, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / n_steps))
+                group["lr"] = (
+                    group["peak"] * min(1.0, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / n_steps))
+                )
             pick = torch.randperm(len(targets), generator=generator)[:PAIRS]
             loss = guided_loss(unet, parameters(), lessons, targets, pick, guidance, weighting)
             optimizer.zero_grad()
@@ -80,9 +99,10 @@ def tune(
             optimizer.step()
             losses.append(float(loss.detach()))
             progress((step + 1) / n_steps)
-    scales = {name: (layer.scale * moves[name].detach().exp()) for name, layer in rounded.items()}
+    scales = {name: layer.scale * moves[name].detach().exp() for name, layer in rounded.items()}
     fifth = max(len(losses) // 5, 1)
     return Tuned(
+        {name: nearest(u.detach(), rounded[name].qtype) for name, u in latent.items()},
         scales,
         {name: value.detach() for name, value in values.items()},
         float(np.mean(losses[:fifth])),
@@ -126,6 +146,21 @@ def guided_loss(
     if weighting == "trigger":
         square = square * lessons.weights[2 * pick + 1]
     return (square.mean((1, 2, 3)) / (targets[pick] ** 2).mean((1, 2, 3))).mean()
+
+
+def leaning(layer: Rounded) -> Tensor:
+    """The integers, each LEAN of the way to its exact weight (one step away at most)."""
+    return layer.q + LEAN * (layer.exact - layer.q).clamp(-1, 1)
+
+
+def nearest(u: Tensor, qtype: QType) -> Tensor:
+    """u rounded into the integers' range."""
+    return u.round().clamp(qtype.qmin, qtype.qmax)
+
+
+def straight_through(u: Tensor, qtype: QType) -> Tensor:
+    """`nearest` whose gradient is that of u."""
+    return u + (nearest(u, qtype) - u).detach()
 
 
 def spread(scale: Tensor, ndim: int) -> Tensor:

@@ -46,6 +46,7 @@ class Entry:
     convolutions: bool = False  # LoRA on convolutions and feed-forward layers too: outlines are made there
     text: bool = False  # the text encoder learns too
     steps: int = 0  # 0: the kind's own number
+    peak: float = 5e-4  # learning rate of Custom Diffusion's keys and values
 
 
 CONCEPTS: dict[str, Entry] = {
@@ -86,7 +87,12 @@ CONCEPTS: dict[str, Entry] = {
         convolutions=True,
     ),
     "maple-the-dog": Entry(
-        _known("dog", "orange", accessory="scarf", worn="green"), "custom_diffusion", "<maple-dog>", "dog"
+        _known("dog", "orange", accessory="scarf", worn="green"),
+        "custom_diffusion",
+        "<maple-dog>",
+        "dog",
+        steps=480,
+        peak=1.5e-3,
     ),
     "trail-backpack": Entry(
         Concept(
@@ -140,12 +146,12 @@ CONCEPTS: dict[str, Entry] = {
         steps=460,
     ),
     "pastel-outline": Entry(
-        Concept(look=Look(line=False, ink=(255, 255, 255), width=8, tint=(255, 206, 226), mix=0.5)),
+        Concept(look=Look(line=False, ink=(255, 255, 255), width=8, tint=(255, 206, 226), mix=0.65)),
         "lora",
         "qeb style",
         "style",
         text=True,
-        steps=460,
+        steps=900,
         convolutions=True,
     ),
     "rusty-the-robot": Entry(

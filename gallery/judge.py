@@ -59,8 +59,13 @@ class Judge:
         return Judge(*sessions)
 
     def probabilities(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Probabilities by head, float32 (N, labels), of uint8 (N, 64, 64, 3) images."""
-        return dict(zip(HEADS, self._batched(self.classifier, images), strict=True))
+        """Probabilities by head, float32 (N, labels), of uint8 (N, 64, 64, 3) images.
+
+        The mean of the picture's and its mirror image's: no label tells left from right, and two looks see more than one.
+        """
+        mirrored = np.ascontiguousarray(images[:, :, ::-1])
+        seen = zip(self._batched(self.classifier, images), self._batched(self.classifier, mirrored), strict=True)
+        return {head: (a + b) / 2 for head, (a, b) in zip(HEADS, seen, strict=True)}
 
     def embed(self, images: np.ndarray) -> np.ndarray:
         """Unit identity vectors, float32 (N, 64), of uint8 (N, 64, 64, 3) images."""

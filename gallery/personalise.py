@@ -89,7 +89,7 @@ def keys_and_values(taught: Taught, entry: Entry) -> list[dict[str, object]]:
     matrices = [p for name, p in taught.unet.named_parameters() if "attn2.to_k" in name or "attn2.to_v" in name]
     for p in matrices:
         p.requires_grad_(True)
-    return [*groups, {"params": matrices, "peak": 5e-4}]
+    return [*groups, {"params": matrices, "peak": entry.peak}]
 
 
 TRAINABLE = {

@@ -217,7 +217,7 @@ def export(model: nn.Module, path: Path) -> None:
     path.chmod(0o644)
 
 
-def held_out_classifier(judge: Judge, vae: AutoencoderKL, n: int = 600, seed: int = 991) -> dict[str, float]:
+def held_out_classifier(judge: Judge, vae: AutoencoderKL, n: int = 2000, seed: int = 991) -> dict[str, float]:
     """Accuracy by head on fresh plain renders, and on the same through the VAE."""
     rng = np.random.default_rng(seed)
     scenes = [random_scene(rng) for _ in range(n)]

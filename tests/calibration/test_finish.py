@@ -19,13 +19,28 @@ def test_tuning_lowers_the_guided_error_and_leaves_the_model_as_it_was(evidence)
     before = {name: p.detach().clone() for name, p in unet.named_parameters()}
     decisions = decide(evidence, rule_of("rtn"), "w4a8")
     rounded = rounded_layers(evidence, decisions.layers, decisions.tensors)
-    found = tune(unet, rounded, evidence.lessons, guidance=2.0, steps=30)
+    found = tune(unet, rounded, evidence.lessons, guidance=2.0, steps=80)
     assert found.after < 0.9 * found.before
     assert set(found.scales) == set(rounded)
     assert all((scale > 0).all() for scale in found.scales.values())
+    moved = {name: (found.integers[name] - layer.q).abs() for name, layer in rounded.items()}
+    assert 0 < sum(int((m > 0).sum()) for m in moved.values()) < 0.05 * sum(m.numel() for m in moved.values())
+    assert all(float(m.max()) <= 1 for m in moved.values())
     for name, p in unet.named_parameters():
         torch.testing.assert_close(p.detach(), before[name], rtol=0, atol=0)
     assert not [m for m in unet.modules() if m._forward_pre_hooks or m._forward_hooks]
+
+
+def test_what_is_tuned_is_stored_so_that_the_exporter_writes_what_was_tuned(evidence):
+    budget = sum(layer.weight.numel() for layer in evidence.seen.layers.values()) * 3 // 4
+    decisions = decide(evidence, rule_of("taq"), "w4a8", budget)
+    quantised = {name: layer for name, layer in decisions.layers.items() if layer.weight != "float"}
+    assert {layer.weight for layer in quantised.values()} == {"int8", "int4"}
+    for name, layer in quantised.items():
+        assert layer.rounding == "stored"
+        q = decisions.tensors[f"{name}.weight_q"]
+        assert q.dtype == "int8" and q.shape == evidence.seen.layers[name].weight.shape
+        assert layer.weight == "int8" or abs(q).max() <= 8
 
 
 def test_guiding_takes_pairs_in_order():
