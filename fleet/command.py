@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .work import Work
 
 
-ONE_ONLY = ("lint",)
+ONE_ONLY = ("lint", "triton")
 MANY_ONLY = ("workers", "threads", "memory_mb", "retries", "verify", "on", "address", "gpus")
 OF_RAY = ("address", "gpus")
 
@@ -63,6 +63,7 @@ def _one(
     targets: tuple[str, ...],
     settings: tuple[str, ...],
     lint: str | None,
+    triton: Path | None,
     **_: Any,
 ) -> Result:
     repository.checkpoint_dir(id_)
@@ -72,7 +73,16 @@ def _one(
         made = export_request(repository, id_, spec, targets, report, settings)
     if lint:
         return Result(*lint_result(made))
-    return Result({**asdict(made), "bundle": str(made.bundle)})
+    return Result({**asdict(made), "bundle": str(made.bundle), **_triton(made.bundle, triton)})
+
+
+def _triton(bundle: Path, place: Path | None) -> dict[str, list[str]]:
+    """The models that were written, when a Triton model repository was named."""
+    if place is None:
+        return {}
+    from exporters.triton import write_triton
+
+    return {"triton": write_triton(bundle, place)}
 
 
 def _many(repository: "Repository", ids: Path | None, *, retries: int, **options: Any) -> Result:

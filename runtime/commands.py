@@ -26,6 +26,7 @@ _EXPORTING = (
     click.option("--target", "targets", type=TARGETS, multiple=True, default=["onnxruntime"], show_default=True),
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of a TensorRT plan: docs/tensorrt.md."),
     click.option("--lint", type=click.Choice(["trt"]), help="Say what a TensorRT builder would not take."),
+    click.option("--triton", type=_FILE, metavar="DIR", help="Also write Triton models into DIR: docs/triton.md."),
 )
 _FLEET = (
     click.option("--all", "every", is_flag=True, help="Every checkpoint with weights: calibrate, export, verify."),
