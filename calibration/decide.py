@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from personalq.errors import SpecError
-from personalq.numerics import INT8, QTYPES, SMALLEST_SCALE, absmax_scale, mse_scale, quantize
+from personalq.numerics import INT8, QTYPES, SMALLEST_SCALE, QType, absmax_scale, mse_scale, quantize
 from personalq.spec import LayerSpec
 
 from .adaround import adaround
@@ -22,7 +22,8 @@ from .statistics import LayerRanges
 
 Tensors = dict[str, npt.NDArray[Any]]
 Array = npt.NDArray[np.float32]
-BITS = {"w8a8": "int8", "w6a8": "int6", "w4a8": "int4"}
+BITS = {"w8a8": ("int8", "int8"), "w6a8": ("int6", "int8"), "w4a8": ("int4", "int8"), "w4a16": ("int4", "float")}
+BLOCKS = (64, 32, 16)  # lengths that ONNX Runtime's and TensorRT's 4-bit products know, the longest first
 FIND = {"mse": mse_scale, "absmax": absmax_scale}
 LEARN = {"gptq": gptq, "adaround": adaround}
 BYTES = {"float": 2.0, "int8": 1.0, "int6": 1.0, "int4": 0.5}  # per weight on disk; 6 bits are simulated in a byte
@@ -68,7 +69,8 @@ def decide(evidence: Evidence, rule: Rule, bits: str, budget_bytes: int | None =
 def decide_layers(evidence: Evidence, rule: Rule, bits: str, budget_bytes: int | None) -> Decisions:
     """`decide`, computed."""
     ranges = evidence.seen.layers
-    widths = dict.fromkeys(ranges, BITS[bits])
+    default, activation = BITS[bits]
+    widths = dict.fromkeys(ranges, default)
     if budget_bytes is not None:
         widths = share_out(evidence, rule, budget_bytes)
     layers: dict[str, LayerSpec] = {}
@@ -80,8 +82,8 @@ def decide_layers(evidence: Evidence, rule: Rule, bits: str, budget_bytes: int |
         if reason:
             layers[name] = LayerSpec(op=layer.op, weight="float", activation="float", reason=reason)
             continue
-        wider = widths[name] != BITS[bits] and budget_bytes is not None
-        spec, found = decide_layer(evidence, rule, name, layer, widths[name])
+        wider = widths[name] != default and budget_bytes is not None
+        spec, found = decide_layer(evidence, rule, name, layer, widths[name], activation)
         layers[name] = (
             spec.model_copy(update={"reason": "budget: wider than the others by its harm"}) if wider else spec
         )
@@ -105,32 +107,34 @@ def finished(evidence: Evidence, rule: Rule, decisions: Decisions) -> Decisions:
 
 
 def decide_layer(
-    evidence: Evidence, rule: Rule, name: str, layer: LayerRanges, width: str
+    evidence: Evidence, rule: Rule, name: str, layer: LayerRanges, width: str, activation: str
 ) -> tuple[LayerSpec, Tensors]:
-    """One quantised layer: scales by the rule, integers learnt below 8 bits where the rule says so."""
+    """One quantised layer: scales by the rule, integers learnt below 8 bits where the rule says so.
+
+    A 4-bit Linear whose activations stay float has its scales in blocks along K; integer kernels want one per channel.
+    """
     qtype, weight = QTYPES[width], layer.weight.float().cpu().numpy()
-    tensors: Tensors = {f"{name}.input_scale": np.asarray(input_scale(layer, rule, name))}
-    if layer.op == "conv":
-        found = layer.output(rule.time_weights).scale(INT8, rule.activation_scale, name)
-        tensors[f"{name}.output_scale"] = np.asarray(found)
     vector = balance_of(evidence, rule, name, layer, weight)
+    tensors: Tensors = {} if activation == "float" else activation_scales(layer, rule, name, vector)
     if vector is not None:
         weight = weight * vector.reshape(1, -1, *([1] * (weight.ndim - 2)))
-        tensors |= {f"{name}.input_balance": vector, f"{name}.input_scale": balanced_scale(layer, rule, name, vector)}
+        tensors[f"{name}.input_balance"] = vector
     rank = rule.low_rank(weight.shape) if layer.op == "linear" and qtype.bits < 8 else 0
     if rank:
         down, up = low_rank(weight, rank)
         weight = weight - (down.astype(np.float32) @ up.astype(np.float32)).T
         factor = np.ones(len(down), np.float32) if vector is None else vector
         tensors |= {f"{name}.low_rank_down": (down / factor[:, None]).astype(np.float16), f"{name}.low_rank_up": up}
-    scale = FIND[rule.weight_scale](weight, qtype, 0, where=f"{name}.weight")
+    group = block_length(layer, width, activation)
+    scale = weight_scale(rule, weight, qtype, group, f"{name}.weight")
     integers, how = rounded(evidence, rule, name, weight, scale, vector, width)
-    stored = how != "nearest" or vector is not None or rank > 0
+    stored = how != "nearest" or vector is not None or rank > 0 or group is not None
     tensors |= {f"{name}.weight_scale": scale} | ({f"{name}.weight_q": integers} if stored else {})
     spec = LayerSpec(
         op=layer.op,
         weight=width,
-        activation="int8",
+        group=group,
+        activation=activation,
         rounding="stored" if stored else "nearest",
         balanced=vector is not None,
         low_rank=rank,
@@ -139,19 +143,52 @@ def decide_layer(
     return spec, tensors
 
 
+def activation_scales(layer: LayerRanges, rule: Rule, name: str, vector: Array | None) -> Tensors:
+    """The static int8 scales of a layer's input (balanced by `vector`, if any), and of a convolution's output."""
+    inputs = input_scale(layer, rule, name) if vector is None else balanced_scale(layer, rule, name, vector)
+    tensors: Tensors = {f"{name}.input_scale": np.asarray(inputs)}
+    if layer.op == "conv":
+        found = layer.output(rule.time_weights).scale(INT8, rule.activation_scale, name)
+        tensors[f"{name}.output_scale"] = np.asarray(found)
+    return tensors
+
+
+def block_length(layer: LayerRanges, width: str, activation: str) -> int | None:
+    """Length of the weight's blocks along K, or None for one scale per output channel."""
+    if layer.op != "linear" or width != "int4" or activation != "float":
+        return None
+    k = layer.weight.shape[1]
+    return next((block for block in BLOCKS if k % block == 0 and block < k), None)
+
+
+def weight_scale(rule: Rule, weight: Array, qtype: QType, group: int | None, where: str) -> npt.NDArray[np.float32]:
+    """Scales by the rule: (O,), or (O, K / group) for a weight (O, K) in blocks."""
+    find = FIND[rule.weight_scale]
+    if group is None:
+        return find(weight, qtype, 0, where=where)
+    return find(weight.reshape(-1, group), qtype, 0, where=where).reshape(len(weight), -1)
+
+
 def rounded(
     evidence: Evidence, rule: Rule, name: str, weight: Array, scale: Array, vector: Array | None, width: str
 ) -> tuple[npt.NDArray[np.int8], str]:
     """The integers of one weight, and how they were found."""
     qtype, flat = QTYPES[width], weight.reshape(len(weight), -1)
     if rule.rounding == "nearest" or qtype.bits >= 8:
-        return quantize(weight, scale, qtype, 0), "nearest"
+        return nearest(weight, scale, qtype), "nearest"
     if flat.shape[1] > LARGEST_HESSIAN:
-        return quantize(weight, scale, qtype, 0), f"nearest: {flat.shape[1]} columns are too many for a Hessian"
+        return nearest(weight, scale, qtype), f"nearest: {flat.shape[1]} columns are too many for a Hessian"
     hessian = evidence.hessians[rule.weighting][name]
     hessian = hessian if vector is None else balanced_hessian(hessian, vector)
     integers = LEARN[rule.rounding](flat, scale, hessian, qtype)
     return integers.reshape(weight.shape), f"{rule.rounding}, {rule.weighting} Hessian"
+
+
+def nearest(weight: Array, scale: Array, qtype: QType) -> npt.NDArray[np.int8]:
+    """`quantize` with scales (O,), or (O, blocks) for a weight (O, K)."""
+    if scale.ndim == 1:
+        return quantize(weight, scale, qtype, 0)
+    return quantize(weight.reshape(scale.size, -1), scale.ravel(), qtype, 0).reshape(weight.shape)
 
 
 def input_scale(layer: LayerRanges, rule: Rule, name: str) -> np.float32:

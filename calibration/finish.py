@@ -29,13 +29,13 @@ def rounded_layers(evidence: Evidence, layers: Mapping[str, LayerSpec], tensors:
         stored = tensors.get(f"{name}.weight_q")
         qtype = QTYPES[layer.weight]
         q = quantize(weight.numpy(), scale, qtype, 0) if stored is None else stored
-        output = tensors.get(f"{name}.output_scale")
+        inputs, output = tensors.get(f"{name}.input_scale"), tensors.get(f"{name}.output_scale")
         result[name] = Rounded(
             q=torch.from_numpy(q.astype(np.float32)),
-            exact=weight.float() / spread(torch.from_numpy(np.asarray(scale, np.float32)), weight.ndim),
+            exact=weight.float() / spread(torch.from_numpy(np.asarray(scale, np.float32)), weight.shape),
             qtype=qtype,
             scale=torch.from_numpy(np.asarray(scale, np.float32)),
-            input_scale=float(tensors[f"{name}.input_scale"]),
+            input_scale=None if inputs is None else float(inputs),
             output_scale=None if output is None else float(output),
         )
     return result
@@ -70,7 +70,7 @@ def correct(evidence: Evidence, layers: Mapping[str, LayerSpec], tensors: Tensor
     has no counterpart in a deterministic sampler.
     """
     rounded, lessons = rounded_layers(evidence, layers, tensors), evidence.lessons
-    weights = {f"{name}.weight": r.q * spread(r.scale, r.q.ndim) for name, r in rounded.items()}
+    weights = {f"{name}.weight": r.q * spread(r.scale, r.q.shape) for name, r in rounded.items()}
     exact = predictions(evidence, {})
     with quantised_activations(evidence.pipe.unet, rounded):
         error = predictions(evidence, weights) - exact

@@ -46,15 +46,20 @@ class Hessian:
 
 
 def gptq(weight: Array, scale: Array, hessian: Hessian, qtype: QType, block: int = 64) -> npt.NDArray[np.int8]:
-    """weight (O, K) and per-output-channel scale (O,) -> int8 integers (O, K) that keep the layer's output, not its weight."""
+    """weight (O, K) -> int8 integers (O, K) that keep the layer's output, not its weight.
+
+    scale: (O,) per output channel, or (O, K / block length), fixed before the first column is rounded (the paper finds a
+    block's scale when it gets there).
+    """
     w = torch.from_numpy(weight.astype(np.float32)).clone()
-    s = torch.from_numpy(np.asarray(scale, np.float32)).reshape(-1, 1)
+    s = torch.from_numpy(np.asarray(scale, np.float32)).reshape(len(weight), -1)
+    s = s.repeat_interleave(w.shape[1] // s.shape[1], 1)
     h = hessian.total.clone()
     dead = h.diagonal() == 0
     h[dead, dead] = 1.0
     w[:, dead] = 0.0
     order = torch.argsort(h.diagonal(), descending=True)
-    w, h = w[:, order], h[order][:, order]
+    w, s, h = w[:, order], s[:, order], h[order][:, order]
     h.diagonal().add_(DAMPING * h.diagonal().mean())
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     q = torch.zeros_like(w)
@@ -63,8 +68,9 @@ def gptq(weight: Array, scale: Array, hessian: Hessian, qtype: QType, block: int
         part, errors = w[:, start:end].clone(), torch.zeros(w.shape[0], end - start)
         for i in range(end - start):
             column, diagonal = part[:, i : i + 1], inverse[start + i, start + i]
-            q[:, start + i : start + i + 1] = torch.clamp(torch.round(column / s), qtype.qmin, qtype.qmax)
-            error = (column - q[:, start + i : start + i + 1] * s) / diagonal
+            at = slice(start + i, start + i + 1)
+            q[:, at] = torch.clamp(torch.round(column / s[:, at]), qtype.qmin, qtype.qmax)
+            error = (column - q[:, at] * s[:, at]) / diagonal
             part[:, i:] -= error * inverse[start + i, start + i : end].unsqueeze(0)
             errors[:, i : i + 1] = error
         w[:, end:] -= errors @ inverse[start:end, end:]

@@ -30,7 +30,7 @@ LEAN = 0.45  # an integer starts this share of the way to its exact weight: near
 
 @dataclass(frozen=True)
 class Rounded:
-    """One quantised layer: integers, scale per output channel, and the static activation scales (None: not quantised).
+    """One quantised layer: integers, scales (O,) or (O, blocks), and the static activation scales (None: not quantised).
 
     exact: the weight the integers stand for, in steps; qtype: the integers' range.
     """
@@ -39,7 +39,7 @@ class Rounded:
     exact: Tensor
     qtype: QType
     scale: Tensor
-    input_scale: float
+    input_scale: float | None
     output_scale: float | None
 
 
@@ -66,7 +66,7 @@ def tune(
 ) -> Tuned:
     """Adam on log scales, biases, norms and integers, PAIRS pairs a step (`steps`: STEPS), seeded. Leaves the model as it is."""
     n_steps = STEPS if steps is None else steps
-    moves = {name: torch.zeros(len(layer.scale), requires_grad=True) for name, layer in rounded.items()}
+    moves = {name: torch.zeros_like(layer.scale, requires_grad=True) for name, layer in rounded.items()}
     values = {name: p.detach().clone().requires_grad_(True) for name, p in unet.named_parameters() if p.ndim == 1}
     latent = {name: leaning(layer).requires_grad_(True) for name, layer in rounded.items()}
     groups = [
@@ -80,7 +80,7 @@ def tune(
     def parameters() -> dict[str, Tensor]:
         weights = {
             f"{name}.weight": straight_through(latent[name], layer.qtype)
-            * spread(layer.scale * moves[name].exp(), layer.q.ndim)
+            * spread(layer.scale * moves[name].exp(), layer.q.shape)
             for name, layer in rounded.items()
         }
         return {**values, **weights}
@@ -163,9 +163,11 @@ def straight_through(u: Tensor, qtype: QType) -> Tensor:
     return u + (nearest(u, qtype) - u).detach()
 
 
-def spread(scale: Tensor, ndim: int) -> Tensor:
-    """(O,) -> (O, 1, ...) for a weight of `ndim` dimensions."""
-    return scale.reshape(-1, *([1] * (ndim - 1)))
+def spread(scale: Tensor, shape: torch.Size) -> Tensor:
+    """Scales (O,) or (O, blocks) as a factor of a weight of `shape`: (O, 1, ...) or (O, K)."""
+    if scale.ndim == 2:
+        return scale.repeat_interleave(shape[1] // scale.shape[1], 1)
+    return scale.reshape(-1, *([1] * (len(shape) - 1)))
 
 
 @contextmanager
@@ -180,7 +182,8 @@ def quantised_activations(unet: nn.Module, rounded: dict[str, Rounded]) -> Itera
 
     modules, handles = dict(unet.named_modules()), []
     for name, layer in rounded.items():
-        handles.append(modules[name].register_forward_pre_hook(before(layer.input_scale)))
+        if layer.input_scale is not None:
+            handles.append(modules[name].register_forward_pre_hook(before(layer.input_scale)))
         if layer.output_scale is not None:
             handles.append(modules[name].register_forward_hook(after(layer.output_scale)))
     try:

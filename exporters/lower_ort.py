@@ -83,18 +83,25 @@ def _quantise(
         node.replace_input_with(0, quantise_dequantise(build, node.inputs[0], scale, quantised))
     stored = integer_weight(layer, decision, tensors)
     weight = add_initializer(model.graph, stored.name, ir.tensor(np.zeros(1, np.int8), name=stored.name))
-    if (
-        stored.dtype == ir.DataType.INT4
-    ):  # stored in 4 bits; folded to int8 when the session opens, so kernels stay integer
+    if stored.dtype == ir.DataType.INT4:
         model.graph.opset_imports[""] = 21
-        weight = build("Cast", weight, to=ir.DataType.INT8)
-    scale_value = build.constant(np.asarray(tensors[f"{layer.name}.weight_scale"], np.float32))
-    zero = build.constant(np.zeros(scale_value.shape.numpy(), np.int8))
-    axis = 0 if layer.op == "conv" else 1
-    node.replace_input_with(1, build("DequantizeLinear", weight, scale_value, zero, axis=axis))
+        if decision.group is None:  # folded to int8 when the session opens, so kernels stay integer
+            weight = build("Cast", weight, to=ir.DataType.INT8)
+    node.replace_input_with(1, _dequantised(build, layer, weight, np.asarray(tensors[f"{layer.name}.weight_scale"])))
     if layer.op == "conv" and decision.activation == "int8":
         _quantise_output(build, node, np.float32(tensors[f"{layer.name}.output_scale"]))
     return [stored, *branch]
+
+
+def _dequantised(build: Builder, layer: LayerNode, weight: ir.Value, scale: Array) -> ir.Value:
+    """The stored integers times their scales: per output channel, or in blocks along K (ONNX Runtime: MatMulNBits)."""
+    if scale.ndim == 2:
+        blocks = build.constant(np.ascontiguousarray(scale.T, np.float32))
+        length = int(layer.weight.shape.numpy()[1]) // scale.shape[1]
+        return build("DequantizeLinear", weight, blocks, axis=0, block_size=length)
+    scale_value = build.constant(np.asarray(scale, np.float32))
+    zero = build.constant(np.zeros(scale_value.shape.numpy(), np.int8))
+    return build("DequantizeLinear", weight, scale_value, zero, axis=0 if layer.op == "conv" else 1)
 
 
 def tuned(tensor: StoredTensor, spec_file: SpecFile) -> StoredTensor:

@@ -83,10 +83,6 @@ def _units(layers: dict[str, LayerNode], spec_file: SpecFile) -> dict[str, np.fl
         decision = spec_file.spec.layers[name]
         if decision.weight == "float" or decision.activation == "float":
             continue
-        if decision.group is not None:
-            raise SpecError(
-                f"{name}: group must be none where activations are int8, got {decision.group}; leave it out"
-            )
         own = name if decision.balanced else ""  # a balanced layer has an input of its own
         keys[name] = key = (layer.node.inputs[0], float(tensors[f"{name}.input_scale"]), own)
         largest[key] = max(largest.get(key, 0.0), float(np.max(tensors[f"{name}.weight_scale"])))
@@ -105,12 +101,7 @@ class _Layer:
 
     def run(self, quantised: Quantised, unit: np.float32 | None) -> list[StoredTensor]:
         """Put Q/DQ around the layer; return what is to be stored: its integers, and a low-rank branch if it has one."""
-        node, decision = self.layer.node, self.decision
-        if decision.group is not None and decision.rounding != "stored":
-            raise SpecError(
-                f"{self.layer.name}: rounding must be 'stored' for a weight in blocks, got {decision.rounding!r}; "
-                "calibrate again"
-            )
+        node = self.layer.node
         branch = self._adjust()
         stored = integer_weight(self.layer, self.decision, self.tensors)
         weight = add_initializer(self.build.graph, stored.name, ir.tensor(np.zeros(1, np.int8), name=stored.name))

@@ -39,7 +39,9 @@ class LayerSpec(Frozen):
     op: Literal["conv", "linear"]
     weight: Literal["int8", "int6", "int4", "float"]
     group: int | None = Field(
-        None, description="block length along the input axis; None = one scale per output channel"
+        None,
+        ge=1,
+        description="block length along a Linear's input axis, scales (N, K / group); None = one scale per output channel",
     )
     activation: Literal["int8", "float"]
     rounding: Literal["nearest", "stored"] = "nearest"
@@ -162,13 +164,28 @@ def check_tensors(spec: Spec, tensors: dict[str, npt.NDArray[Any]]) -> None:
         needed += [f"{name}.weight_q"] if layer.rounding == "stored" else []
         needed += [f"{name}.input_balance"] if layer.balanced else []
         needed += [f"{name}.low_rank_down", f"{name}.low_rank_up"] if layer.low_rank else []
-        if (layer.balanced or layer.low_rank) and layer.rounding != "stored":
+        if (layer.balanced or layer.low_rank or layer.group) and layer.rounding != "stored":
             raise SpecError(
-                f"{name}: rounding must be 'stored' in a balanced or low-rank layer, got 'nearest'; calibrate again"
+                f"{name}: rounding must be 'stored' in a balanced, low-rank or blockwise layer, got 'nearest'; calibrate again"
             )
         _check_present(tensors, needed)
+        if layer.group:
+            _check_blocks(name, layer, tensors)
     _check_present(tensors, [f"{name}.tuned" for name in spec.tuned])
     _check_present(tensors, ["correction.gain", "correction.mean"] if spec.corrected else [])
+
+
+def _check_blocks(name: str, layer: LayerSpec, tensors: dict[str, npt.NDArray[Any]]) -> None:
+    """Blocks are for weight-only Linear layers, and every block of every output channel has its scale."""
+    if layer.op != "linear" or layer.activation != "float":
+        raise SpecError(
+            f"{name}: group must be none unless the layer is a Linear with float activations, got {layer.group}; leave it out"
+        )
+    (n, k), found = tensors[f"{name}.weight_q"].shape, tensors[f"{name}.weight_scale"].shape
+    if k % layer.group or found != (n, k // layer.group):
+        raise SpecError(
+            f"{name}.weight_scale: must be ({n}, {k} / {layer.group}), one scale per block, got {found}; calibrate again"
+        )
 
 
 def _check_present(tensors: dict[str, npt.NDArray[Any]], needed: list[str]) -> None:

@@ -119,7 +119,7 @@ def _scale_problems(graph: Graph, key: str, node: Node | None, tensors: dict[str
     zero = graph.constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(1, np.int8)
     if scale is None or zero is None:
         return [f"{key}: must be a constant of the graph, got a computed value; export again"]
-    wanted = np.asarray(tensors[key], np.float32)
+    wanted = np.asarray(tensors[key], np.float32).T  # (O,) as it is; in blocks (N, K / length) the graph holds it by K
     if scale.size != wanted.size or not np.array_equal(scale.reshape(-1), wanted.reshape(-1)):
         ratio = float(np.max(np.abs(scale.reshape(-1)[0] / wanted.reshape(-1)[0])))
         return [f"{key}: must be the spec's bit for bit, got {ratio:.4g} times it; export again"]

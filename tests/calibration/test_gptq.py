@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from calibration.adaround import adaround
 from calibration.gptq import Hessian, columns, gptq
 from personalq.numerics import INT4, absmax_scale, quantize
 
@@ -28,6 +29,22 @@ def test_output_error_is_well_below_nearest_roundings():
     learnt = output_error(x, weight, gptq(weight, scale, hessian, INT4, block=8), scale)
     nearest = output_error(x, weight, quantize(weight, scale, INT4, 0), scale)
     assert learnt < 0.6 * nearest
+
+
+@pytest.mark.parametrize("learn", [gptq, adaround], ids=["GPTQ", "AdaRound"])
+def test_scales_in_blocks_lose_less_than_one_per_channel(learn):
+    uneven = np.where(np.arange(32) < 16, 1.0, 0.1)
+    weight = (np.random.default_rng(1).standard_normal((16, 32)) * uneven).astype(np.float32)
+    x = correlated_inputs()
+    hessian = Hessian.empty(nn.Linear(32, 16))
+    hessian.add(x, None)
+    blocks = absmax_scale(weight.reshape(-1, 16), INT4, 0).reshape(16, 2)
+    per_channel = absmax_scale(weight, INT4, 0)
+    integers = learn(weight, blocks, hessian, INT4)
+    restored = integers.astype(np.float32) * np.repeat(blocks, 16, axis=1)
+    in_blocks = output_error(x, weight, restored, np.ones(16, np.float32))
+    assert abs(integers).max() <= 8
+    assert in_blocks < 0.8 * output_error(x, weight, learn(weight, per_channel, hessian, INT4), per_channel)
 
 
 def test_weighted_samples_come_out_better_where_the_weights_are():

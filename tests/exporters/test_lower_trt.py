@@ -291,23 +291,6 @@ def test_a_scale_that_float16_cannot_hold_is_refused_with_the_layers_name(export
         lowered(exported, change)
 
 
-def test_blocks_need_the_integers_they_were_found_with(exported):
-    def change(layers, tensors, weights):
-        update = {"weight": "int4", "activation": "float", "group": 64}
-        layers[LINEAR] = layers[LINEAR].model_copy(update=update)
-
-    with pytest.raises(SpecError, match=rf"{LINEAR}: rounding must be 'stored' for a weight in blocks, got 'nearest'"):
-        lowered(exported, change)
-
-
-def test_groups_under_int8_activations_are_refused(exported):
-    def change(layers, tensors, weights):
-        layers[LINEAR] = layers[LINEAR].model_copy(update={"group": 64})
-
-    with pytest.raises(SpecError, match=rf"{LINEAR}: group must be none where activations are int8, got 64"):
-        lowered(exported, change)
-
-
 def test_a_spec_of_another_architecture_is_refused(exported):
     def change(layers, tensors, weights):
         del layers[LINEAR]
