@@ -73,9 +73,6 @@ def test_every_word_and_rare_trigger_is_one_token() -> None:
     assert [w for w in word_list() if len(tokenizer.tokenize(w)) != 1] == []
 
 
-@pytest.mark.xfail(
-    strict=False, reason="two concepts and one judge head are below their bars: docs/gallery.md, What is missed"
-)
 def test_the_scores_meet_the_bars() -> None:
     scores = json.loads((HERE / "scores.json").read_text())
     assert scores["base"]["object_and_background"]["share"] >= 0.90
