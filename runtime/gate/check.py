@@ -45,9 +45,9 @@ class Pictures:
 class Report:
     """Every check of one bundle; passed when all of them did. headline: the first line of every report.
 
-    measured: per metric, one value per golden input or picture. layers: SNR in dB at each sampled layer and block, in
-    the order the graph computes them; before: the same of the baseline. seconds: by level. left_out: what could not be
-    compared because it was not there to compare with.
+    measured: per metric, one value per golden input or picture. layers: SNR in dB at each sampled layer and block, mean
+    over golden inputs, in the order the graph computes them; before: the same of the baseline. seconds: by level.
+    left_out: what could not be compared because it was not there to compare with.
     """
 
     bundle: Path

@@ -1,7 +1,7 @@
 """The gate: one bundle through every level, fast ones first, and a report. Never raises: what cannot be computed failed."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ..engine import one_line
 from . import LEVELS, integrity, kernels, numerics, obedience
 from . import baseline as baselines
 from .check import Check, Pictures, Report, failed, headline, reason_of
-from .localise import BLAMED, Fell, localise
+from .localise import BLAMED, localise
 from .pictures import images
 from .subject import Sources, Subject
 from .targets import cross_target
@@ -120,7 +120,7 @@ class Run:
         self._timed("baseline", self._baseline)
         found = _ended(self.subject.bundle, self.name, self.checks)
         subject = self.subject
-        found = replace(found, measured=subject.measured, layers=subject.layers, before=self.before)
+        found = replace(found, measured=subject.measured, layers=_means(subject.layers), before=self.before)
         left_out = subject.sources.missing()
         return replace(found, pictures=self.pictures, seconds=self.seconds, left_out=left_out)
 
@@ -135,8 +135,6 @@ class Run:
 
     def _baseline(self) -> Iterator[Check]:
         subject, file = self.subject, self.options.baseline
-        fell: tuple[tuple[str, float, float], ...] = ()
-        known: dict[str, str] = {}
         if file is None or self.options.level not in MEASURED:
             file = None
         elif not self.options.update:
@@ -146,17 +144,17 @@ class Run:
                 return
             measured = baselines.Measured(subject.measured, subject.layers)
             found = baselines.compare(entry, subject.manifest, subject.prompts, measured)
-            self.before, known, fell = entry.layers, entry.decisions, found.fell
+            self.before = _means(entry.layers)
             yield from found.checks
-            self._blame(found.checks, fell, known)
+            self._blame(found.checks, found.moved, entry.decisions)
         self._blame([check for check in self.checks if check.level == "numerics"], (), {})
         if file is not None and self.options.update:
             yield from self._update(file)
 
-    def _blame(self, checks: Sequence[Check], fell: Fell, known: dict[str, str]) -> None:
+    def _blame(self, checks: Sequence[Check], moved: Sequence[baselines.Moved], known: dict[str, str]) -> None:
         """Say once which layer moved first."""
         if self.options.blame and not any(check.name == BLAMED for check in self.checks):
-            self.checks += localise(self.subject, checks, fell, known)
+            self.checks += localise(self.subject, checks, moved, known)
 
     def _update(self, file: Path) -> Iterator[Check]:
         """Write the entry of a bundle that passes; one that fails is not accepted."""
@@ -170,13 +168,17 @@ class Run:
         entry = baselines.make_entry(subject.manifest, subject.spec_file.spec, subject.prompts, measured)
         baselines.update(file, self.name, entry)
 
-    def _nudged(self, seed: int) -> dict[str, list[float]]:
-        """The metrics again, from inputs that differ by one part in a million."""
+    def _nudged(self, seed: int) -> baselines.Measured:
+        """Metrics and layers again, from inputs that differ by one part in a million."""
         other = self.subject.nudged(NUDGE, seed)
         run_table(other, NUMERICS, "numerics")
         if self.options.level == "images":
             images(other, self.options.extra_pictures)
-        return other.measured
+        return baselines.Measured(other.measured, other.layers)
+
+
+def _means(layers: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: float(np.mean(values)) for name, values in layers.items()}
 
 
 def run_table(subject: Subject, table: tuple[tuple[str, Computed], ...], level: str) -> list[Check]:

@@ -129,7 +129,8 @@ def inside_the_unet(subject: Subject) -> Iterator[Check]:
     missing = sorted(set(subject.spec_file.spec.layers) ^ set(references["layers"]))
     yield at_most("layers without samples in the goldens", len(missing), 0, reason=", ".join(missing[:3]))
     snr = {kind: _snr_by_name(references[kind], getattr(seen, kind)) for kind in references}
-    subject.layers |= snr["layers"] | snr["blocks"]
+    for kind in references:
+        subject.layers |= _snr_of_each_input(references[kind], getattr(seen, kind))
     for kind in references:
         worst = min(snr[kind], key=snr[kind].__getitem__)
         yield at_least(f"{kind} SNR dB, worst", snr[kind][worst], limits.block_snr_db, reason=f"at {worst}")
@@ -140,6 +141,13 @@ def inside_the_unet(subject: Subject) -> Iterator[Check]:
     dimmest = min(peaks, key=peaks.__getitem__)
     yield at_least("blocks PSNR dB, worst", peaks[dimmest], limits.block_snr_db, reason=f"at {dimmest}")
     yield from _attention_drift(subject, seen.attention)
+
+
+def _snr_of_each_input(reference: dict[str, Float], value: dict[str, Float]) -> dict[str, list[float]]:
+    return {
+        name: [_capped(snr_db(r, v)) for r, v in zip(reference[name], found, strict=True)]
+        for name, found in value.items()
+    }
 
 
 def _snr_by_name(reference: dict[str, Float], value: dict[str, Float]) -> dict[str, float]:

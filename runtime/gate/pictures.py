@@ -13,12 +13,13 @@ import numpy.typing as npt
 from personalq.numerics import psnr_db
 
 from ..engine import OrtEngine
-from ..pipeline import Pipeline
+from ..pipeline import Pipeline, start_noise
 from .check import Check, Pictures, at_least
 from .interval import interval
 from .subject import Subject
 
 Images = npt.NDArray[np.uint8]
+Noises = npt.NDArray[np.float32]
 LARGEST_PICTURE_DB = 60.0  # stands for "equal" in means: a sixteenth of a grey level
 JUDGE_TOLERANCE = 0.02  # of the reference's score, either way; MLPerf's limits for FID (facts: CLIP +-0.2 %, FID +-2 %)
 WINDOW = 7  # pixels, SSIM (Wang et al. 2004), uniform as in scikit-image's default
@@ -47,25 +48,25 @@ def images(subject: Subject, extra: int) -> tuple[list[Check], Pictures]:
 def _golden_pairs(subject: Subject) -> Pairs:
     golden = subject.golden
     prompts = [subject.prompts[int(p)] for p in golden["image_prompt"]]
-    settings = {"steps": subject.steps, "guidance": subject.guidance}
-    drawn = [
-        subject.pipeline.image(p, noise=x, **settings) for p, x in zip(prompts, golden["start_noise"], strict=True)
-    ]
-    return Pairs(golden["images"], np.stack(drawn), prompts)
+    return Pairs(golden["images"], _draw(subject, subject.pipeline, prompts, golden["start_noise"]), prompts)
 
 
 def _drawn_pairs(subject: Subject, extra: int) -> Pairs:
-    """Golden prompts with seeds the goldens do not have, drawn by the unquantised bundle and by this one."""
+    """Golden prompts with noise the goldens do not have, drawn by the unquantised bundle and by this one."""
     assert subject.sources.reference is not None
-    other = Pipeline(OrtEngine(subject.sources.reference, subject.threads))
     asked = [prompt for prompt in subject.prompts if prompt]
     prompts = [asked[i % len(asked)] for i in range(extra)]
-    settings = [{"steps": subject.steps, "guidance": subject.guidance, "seed": 100 + i} for i in range(extra)]
-    both = [
-        np.stack([pipeline.image(prompt, **each) for prompt, each in zip(prompts, settings, strict=True)])
-        for pipeline in (other, subject.pipeline)
-    ]
-    return Pairs(both[0], both[1], prompts)
+    noises = np.stack([start_noise(100 + i, subject.golden["start_noise"].shape[1:]) for i in range(extra)])
+    if extra not in subject.references:
+        other = Pipeline(OrtEngine(subject.sources.reference, subject.threads))
+        subject.references[extra] = _draw(subject, other, prompts, noises)
+    drawn = _draw(subject, subject.pipeline, prompts, subject.move(noises))
+    return Pairs(subject.references[extra], drawn, prompts)
+
+
+def _draw(subject: Subject, pipeline: Pipeline, prompts: list[str], noises: Noises) -> Images:
+    settings = {"steps": subject.steps, "guidance": subject.guidance}
+    return np.stack([pipeline.image(p, noise=x, **settings) for p, x in zip(prompts, noises, strict=True)])
 
 
 def _joined(a: Pairs, b: Pairs) -> Pairs:

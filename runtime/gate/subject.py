@@ -61,14 +61,20 @@ class Sources:
 
 @dataclass
 class Subject:
-    """One bundle under the checks. `measured` and `layers` are filled by them: see check.Report."""
+    """One bundle under the checks. `measured` and `layers` (SNR dB per golden input) are filled by them.
+
+    move: what is done to start noise before it is used, see `nudged`. references: the unquantised bundle's pictures, by
+    how many were asked for.
+    """
 
     bundle: Path
     manifest: Manifest
     sources: Sources
     threads: int | None = None
     measured: dict[str, list[float]] = field(default_factory=dict)
-    layers: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, list[float]] = field(default_factory=dict)
+    references: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
+    move: Callable[[Float], Float] = lambda values: values
 
     def __post_init__(self) -> None:
         self.limits = LIMITS[precision(self.manifest)]
@@ -119,12 +125,16 @@ class Subject:
 
     def nudged(self, amount: np.float32, seed: int) -> "Subject":
         """The same bundle, its golden inputs moved by a relative +-amount: what another machine's float order might do."""
-        other = Subject(self.bundle, self.manifest, self.sources, self.threads)
-        other.engine, other.pipeline = self.engine, self.pipeline
         generator = np.random.default_rng(seed)
+
+        def move(values: Float) -> Float:
+            signs = generator.choice(np.array([-1, 1], np.float32), values.shape)
+            return np.asarray(values * (1 + amount * signs), np.float32)
+
+        other = Subject(self.bundle, self.manifest, self.sources, self.threads, references=self.references, move=move)
+        other.engine, other.pipeline = self.engine, self.pipeline
         for name in ("text_embeds", "sample", "start_noise", "latent"):
-            signs = generator.choice(np.array([-1, 1], np.float32), self.golden[name].shape)
-            other.golden[name] = self.golden[name] * (1 + amount * signs)
+            other.golden[name] = move(self.golden[name])
         return other
 
     def noise_pred(self, conditioning: Conditioning, n: int) -> Float:

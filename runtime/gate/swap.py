@@ -6,6 +6,7 @@ Quantize and Dequantize by nothing. Needs the checkpoint's weights (Sources.weig
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -80,24 +81,29 @@ def unquantised(weight: Array, name: str, tensors: dict[str, Array]) -> npt.NDAr
     return np.asarray(found, np.float32)
 
 
-def bisect(subject: Subject) -> Culprit | None:
-    """The layer that harms the noise prediction most, found in about log2(layers) looks; None when it cannot be asked."""
-    suspects = quantised_layers(subject)
+def bisect(subject: Subject, among: Sequence[str] = ()) -> Culprit | None:
+    """The layer that harms the noise prediction most, found in about log2(layers) looks; None when it cannot be asked.
+
+    among: the layers to ask about, where some of them are quantised; all otherwise.
+    """
+    everyone = quantised_layers(subject)
+    suspects = [name for name in everyone if name in among] or everyone
     n_bytes = sum(4 * int(np.prod(subject.unet.tensors[f"{name}.weight"].shape)) for name in suspects)
     if subject.sources.weights is None or not suspects or n_bytes > LARGEST_MODEL:
         return None
-    everything = _noise(subject, [])
+    noise = cache(partial(_noise, subject))
+    everything = noise()
     # What floats in all suspects take away; errors of different layers add up, so the halves share it.
-    taken = everything - _noise(subject, suspects)
+    taken = everything - noise(*suspects)
     while len(suspects) > 1:
         first, second = suspects[: len(suspects) // 2], suspects[len(suspects) // 2 :]
-        by_first = everything - _noise(subject, first)
+        by_first = everything - noise(*first)
         suspects, taken = (first, by_first) if by_first >= taken - by_first else (second, taken - by_first)
-    left = _noise(subject, suspects)
+    left = noise(*suspects)
     return Culprit(suspects[0], float(10 * np.log10(everything / max(left, 1e-30))))
 
 
-def _noise(subject: Subject, layers: Sequence[str]) -> float:
+def _noise(subject: Subject, *layers: str) -> float:
     """Squared error of the noise prediction over squared signal, on a few golden inputs, with these layers in floats."""
     file, golden = inside(subject.bundle, unet_file(subject.manifest)), subject.golden
     session = open_session(file, subject.threads, model=with_floats(subject, layers) if layers else None)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from personalq.errors import BundleError
-from runtime.gate.baseline import Measured, default_file, read_baselines, tolerances
+from runtime.gate.baseline import Measured, default_file, layer_tolerance, read_baselines, tolerances
 from runtime.gate.gate import Options, run_gate
 from runtime.gate.interval import interval
 
@@ -80,7 +80,7 @@ def test_a_baseline_of_other_prompts_says_so(bundle: Path, accepted: Path) -> No
 
 def test_a_bundle_without_an_entry_fails(bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "b.json"
-    file.write_text('{"format": "personalq-gate-baseline", "schema_version": 1, "bundles": {}}')
+    file.write_text('{"format": "personalq-gate-baseline", "schema_version": 2, "bundles": {}}')
     assert failed_names(bundle, file) == {
         "baseline": f"{file}: must have {NAME}, got nothing; run with --update-baseline"
     }
@@ -115,8 +115,9 @@ def test_other_entries_stay_when_one_is_written(bundle: Path, accepted: Path) ->
         (None, "no such baselines; write them with"),
         ("{", "file: Invalid JSON"),
         ('{"format": "x"}', "format: Input should be 'personalq-gate-baseline'"),
+        ('{"schema_version": 1}', "schema_version: Input should be 2; write it again with --update-baseline"),
     ],
-    ids=["missing", "no JSON", "another file"],
+    ids=["missing", "no JSON", "another file", "older"],
 )
 def test_a_file_that_is_no_baseline_is_one_line(text: str | None, message: str, tmp_path: Path) -> None:
     file = tmp_path / "b.json"
@@ -132,10 +133,42 @@ def test_the_default_file_lies_beside_the_repository() -> None:
 
 
 def test_tolerances_are_the_floor_or_three_times_the_noise() -> None:
-    quiet = Measured({"x dB": [30.0, 32.0], "image SSIM": [0.9]}, {}, [{"x dB": [30.1, 32.1]}, {"image SSIM": [0.9]}])
+    noisy = [Measured({"x dB": [30.1, 32.1]}, {}), Measured({"image SSIM": [0.9]}, {})]
+    quiet = Measured({"x dB": [30.0, 32.0], "image SSIM": [0.9]}, {}, noisy)
     assert tolerances(quiet) == pytest.approx({"x dB": 0.5, "image SSIM": 0.01})
-    loud = Measured({"x dB": [30.0, 32.0]}, {}, [{"x dB": [31.0, 32.0]}, {"x dB": [27.0, 31.0]}])
+    noisy = [Measured({"x dB": [31.0, 32.0]}, {}), Measured({"x dB": [27.0, 31.0]}, {})]
+    loud = Measured({"x dB": [30.0, 32.0]}, {}, noisy)
     assert tolerances(loud) == pytest.approx({"x dB": 6.0})
+
+
+def test_the_tolerance_of_layers_is_the_floor_or_twice_the_noise() -> None:
+    layers = {"a": [30.0] * 6, "b": [40.0] * 6}
+    quiet = Measured({}, layers, [Measured({}, {"a": [31.0] * 6, "b": [39.0] * 6})])
+    assert layer_tolerance(quiet) == 2.5
+    loud = Measured({}, layers, [Measured({}, {"a": [31.0] * 6, "b": [37.0] * 6})])
+    assert layer_tolerance(loud) == pytest.approx(6.0)
+    mixed = Measured(
+        {}, layers, [Measured({}, {"a": [20.0, 40.0] * 3, "b": [40.0] * 6})]
+    )  # one way as far as the other
+    assert layer_tolerance(mixed) == 2.5
+
+
+@pytest.mark.parametrize("shift", [3.0, -3.0])
+def test_one_layer_that_moved_fails_while_every_output_holds(bundle: Path, accepted: Path, shift: float) -> None:
+    layers = json.loads(accepted.read_text())["bundles"][NAME]["layers"]
+    layers["block.conv2"] = [value + shift for value in layers["block.conv2"]]
+    edit(accepted, layers=layers)
+    found = failed_names(bundle, accepted)
+    assert list(found) == ["layers and blocks SNR dB, beside the baseline"]
+    before, now = np.mean(layers["block.conv2"]), np.mean(layers["block.conv2"]) - shift
+    assert found.popitem()[1] == f"block.conv2: {before:.1f} -> {now:.1f} dB at its output"
+
+
+def test_a_list_of_numbers_is_one_line_of_the_file(accepted: Path) -> None:
+    entry = read_baselines(accepted).bundles[NAME]
+    lines = accepted.read_text().splitlines()
+    assert sum('"block.conv2": [' in line and line.rstrip(",").endswith("]") for line in lines) == 1
+    assert len(lines) < 40 + 6 * len(entry.metrics) + 2 * len(entry.layers)
 
 
 def test_an_interval_holds_the_mean_and_narrows_with_more_values() -> None:
