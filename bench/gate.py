@@ -176,6 +176,15 @@ def worse_specs(bench: Bench, baselines: Path) -> Iterator[dict[str, Any]]:
         yield {"checkpoint": name, "layer": layer, "named_first": not report.passed and named, "first": report.headline}
 
 
+def shown(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All rows, each on stderr as soon as it is there: the whole takes minutes."""
+    found = []
+    for row in rows:
+        click.echo(", ".join(f"{name}: {value}" for name, value in row.items() if name != "bundle_alone"), err=True)
+        found.append(row)
+    return found
+
+
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{'fault':30} {'checkpoint':18} {'caught by':32} {'s':>6}  bundle alone"
     for row in rows:
@@ -202,9 +211,9 @@ def main(repo: Path, checkpoints: str, wanted: str, clean: int, quick: bool, out
         repository = prepare(repo, root, names)
         bundles = {name: bundle_of(repository, name) for name in names}
         bench = Bench(repository, bundles, "numerics" if quick else "images", clean)
-        rows = list(faults(bench, wanted.split(",") if wanted else list(FAULTS)))
-        runs = list(clean_runs(bench, Path(scratch) / "baselines.json"))
-        worse = list(worse_specs(bench, Path(scratch) / "baselines.json")) if runs else []
+        rows = shown(faults(bench, wanted.split(",") if wanted else list(FAULTS)))
+        runs = shown(clean_runs(bench, Path(scratch) / "baselines.json"))
+        worse = shown(worse_specs(bench, Path(scratch) / "baselines.json")) if runs else []
     click.echo("\n".join(table(rows)))
     alarms = [run for run in runs if not run["passed"]]
     click.echo(f"clean runs: {len(runs)}, false alarms: {len(alarms)}")

@@ -33,8 +33,9 @@ LARGEST_DB = 60.0  # beyond, only the order of additions is measured
 FLOORS = {"dB": 0.5, "SSIM": 0.01, "attention": 0.01, "judge": 0.01}
 TIMES_NOISE = 3.0
 # Layers: no interval of the gallery's layers was further than 1.8 dB from zero in 16 nudged runs of two checkpoints
-# (2704 layers), none of a layer at 4 bits nearer than 3.4 dB. The largest of 169 layers needs no factor of three.
-LAYER_DB, TIMES_LAYER_NOISE = 2.5, 2.0
+# (2704 layers), none of a layer at 4 bits nearer than 3.4 dB; an emulated CPU without AVX-512 moved
+# none by more than 0.5 dB.
+LAYER_DB, TIMES_LAYER_NOISE = 2.5, 1.5
 LAYERS = "layers and blocks SNR dB, beside the baseline"
 
 
@@ -171,7 +172,7 @@ def tolerances(measured: Measured) -> dict[str, float]:
 
 
 def layer_tolerance(measured: Measured) -> float:
-    """LAYER_DB, or twice as far as noise alone moved the interval of any layer."""
+    """LAYER_DB, or half as far again as noise alone moved the interval of any layer."""
     moved = [
         _beyond(_paired(values, run.layers[name])) for run in measured.noisy for name, values in measured.layers.items()
     ]
