@@ -24,4 +24,6 @@ def test_the_committed_baseline_is_of_the_committed_spec_and_weights(name: str) 
 
 def test_nothing_else_is_gated() -> None:
     assert set(read_baselines(BASELINES).bundles) == {f"{name}/{SPEC}" for name in GATED}
-    assert not any("judge" in metric for entry in read_baselines(BASELINES).bundles.values() for metric in entry.metrics)
+    assert not any(
+        "judge" in metric for entry in read_baselines(BASELINES).bundles.values() for metric in entry.metrics
+    )

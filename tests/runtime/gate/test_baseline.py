@@ -141,12 +141,12 @@ def test_tolerances_are_the_floor_or_three_times_the_noise() -> None:
     assert tolerances(loud) == pytest.approx({"x dB": 6.0})
 
 
-def test_the_tolerance_of_layers_is_the_floor_or_twice_the_noise() -> None:
+def test_the_tolerance_of_layers_is_the_floor_or_half_as_much_again_as_the_noise() -> None:
     layers = {"a": [30.0] * 6, "b": [40.0] * 6}
     quiet = Measured({}, layers, [Measured({}, {"a": [31.0] * 6, "b": [39.0] * 6})])
     assert layer_tolerance(quiet) == 2.5
     loud = Measured({}, layers, [Measured({}, {"a": [31.0] * 6, "b": [37.0] * 6})])
-    assert layer_tolerance(loud) == pytest.approx(6.0)
+    assert layer_tolerance(loud) == pytest.approx(4.5)
     mixed = Measured(
         {}, layers, [Measured({}, {"a": [20.0, 40.0] * 3, "b": [40.0] * 6})]
     )  # one way as far as the other
