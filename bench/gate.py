@@ -41,7 +41,8 @@ SPEC = "taq-w8a8"
 class Bench:
     """A repository of our own, and the bundle of each checkpoint in it. level: the last one of clean runs.
 
-    clean: runs of each checkpoint. worse: layers of the first one that are tried at 4 bits, one at a time.
+    clean: runs of each checkpoint. worse: layers of the first one that are tried at 4 bits, one at a time. pictures: of
+    clean runs, beyond the goldens'.
     """
 
     repository: Repository
@@ -49,6 +50,7 @@ class Bench:
     level: str
     clean: int = 4
     worse: int = 6
+    pictures: int = 0
 
     def sources(self, bundle: Path) -> Sources:
         return sources_of(bundle, self.repository, weights_reader)
@@ -60,8 +62,8 @@ def weights_reader() -> Any:
     return open_weights
 
 
-def prepare(source: Path, root: Path, names: list[str]) -> Repository:
-    """Copy what is needed, calibrate what has no spec, and export each checkpoint, unquantised too."""
+def prepare(source: Path, root: Path, names: list[str], policies: tuple[str, ...]) -> Repository:
+    """Copy what is needed, calibrate what has no spec, and export each checkpoint under each policy."""
     from calibration.calibrate import CalibrateOptions, calibrate
     from exporters.export import export_checkpoint
 
@@ -70,7 +72,7 @@ def prepare(source: Path, root: Path, names: list[str]) -> Repository:
             shutil.copytree(source / part, root / part)
     repository = Repository.open(root)
     for name in names:
-        for policy in ("fp32", "taq"):
+        for policy in policies:
             spec = root / "specs" / name / ("fp32.json" if policy == "fp32" else f"{SPEC}.json")
             made = spec if spec.is_file() else calibrate(repository, name, CalibrateOptions(policy=policy)).spec_path
             export_checkpoint(repository, name, made)
@@ -133,7 +135,7 @@ def clean_runs(bench: Bench, baselines: Path) -> Iterator[dict[str, Any]]:
     """Accept each bundle once, then run it again in ways that change nothing but float order and bytes on disk."""
     for name, bundle in bench.bundles.items():
         sources = bench.sources(bundle)
-        options = Options(threads=1, level=bench.level, baseline=baselines)
+        options = Options(threads=1, level=bench.level, baseline=baselines, extra_pictures=bench.pictures)
         accepted = run_gate(bundle, replace(options, update=True), sources)
         if not accepted.passed:
             yield {"checkpoint": name, "run": "accepting", "passed": False, "first": accepted.headline}
@@ -200,17 +202,18 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 @click.option("--checkpoints", default=CHECKPOINTS, show_default=True, help="comma list of ids; one a LoRA")
 @click.option("--faults", "wanted", default="", help="comma list of faults (default: all)")
 @click.option("--clean", default=4, show_default=True, help="clean runs of each checkpoint, at most 4")
+@click.option("--pictures", default=0, show_default=True, help="pictures of a clean run beyond the two goldens")
 @click.option("--quick", is_flag=True, help="two checkpoints, no pictures")
 @click.option("--out", type=click.Path(path_type=Path), help="also write the JSON here")
-def main(repo: Path, checkpoints: str, wanted: str, clean: int, quick: bool, out: Path | None) -> None:
+def main(repo: Path, checkpoints: str, wanted: str, clean: int, pictures: int, quick: bool, out: Path | None) -> None:
     """Inject every fault, run clean bundles, count; a table, then one JSON object as the last line."""
     started = time.perf_counter()
     names = checkpoints.split(",")[: 2 if quick else None]
     with tempfile.TemporaryDirectory(prefix="personalq-gate-") as scratch:
         root = Path(scratch) / "repository"
-        repository = prepare(repo, root, names)
+        repository = prepare(repo, root, names, ("fp32", "taq") if pictures else ("taq",))
         bundles = {name: bundle_of(repository, name) for name in names}
-        bench = Bench(repository, bundles, "numerics" if quick else "images", clean)
+        bench = Bench(repository, bundles, "numerics" if quick else "images", clean, pictures=pictures)
         rows = shown(faults(bench, wanted.split(",") if wanted else list(FAULTS)))
         runs = shown(clean_runs(bench, Path(scratch) / "baselines.json"))
         worse = shown(worse_specs(bench, Path(scratch) / "baselines.json")) if runs else []
