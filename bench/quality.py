@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,10 @@ from typing import Any
 import click
 import numpy as np
 
-from bench.intervals import bootstrap
+from bench._quality_report import differences, markdown, plot, table
 from personalq.atomic import write_atomic
 from personalq.numerics import psnr_db
 
-METRICS = ("psnr_db", "ssim", "concept", "prompt")
 LARGEST_DB = 60.0  # stands for "equal" in means
 
 
@@ -110,29 +109,6 @@ def export(repository: Any, checkpoint_id: str, policy: str, evidence: Any = Non
     return {"bundle": result.bundle, "facts": facts}
 
 
-def plot(rows: list[dict[str, Any]], metric: str, file: Path) -> None:
-    """Quality against bytes, one line a policy through its widths; PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.subplots()
-    points: dict[str, list[tuple[float, float]]] = {}
-    for policy in dict.fromkeys(row["policy"] for row in rows if row["policy"] != "fp32"):
-        chosen = [row for row in rows if row["policy"] == policy]
-        at = float(np.mean([row["bytes"] / row["bytes_fp32"] for row in chosen]))
-        points.setdefault(policy.rsplit("-", 1)[0], []).append((at, float(np.mean([row[metric] for row in chosen]))))
-    for name, where in points.items():
-        axes.plot(*zip(*sorted(where), strict=True), marker="o", label=name, lw=2.4 if name == "taq" else 1.1)
-    exact = [row[metric] for row in rows if row["policy"] == "fp32"]
-    if metric != "psnr_db":
-        axes.axhline(float(np.mean(exact)), color="gray", ls=":", label="fp32")
-    axes.set_xlabel("UNet on disk, share of FP32")
-    axes.set_ylabel({"psnr_db": "PSNR to FP32, dB", "concept": "concept score"}.get(metric, metric))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=2)
-    figure.savefig(file, dpi=110)
-
-
 def opened(bundle: Path) -> Any:
     """A pipeline over the bundle, one thread."""
     from runtime.engine import OrtEngine
@@ -202,40 +178,6 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     return float(structural_similarity(a, b, channel_axis=2, data_range=255))
 
 
-def differences(rows: list[dict[str, Any]], baseline: str = "fp32") -> list[dict[str, Any]]:
-    """Paired mean differences, 95 % intervals: every policy with FP32, and `taq` with the others of its bits and budget."""
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
-    pairs = [(p, baseline) for p in policies if p != baseline]
-    for ours in (p for p in policies if p.startswith("taq-w")):
-        width = ours.removeprefix("taq-")
-        pairs += [(ours, p) for p in policies if p.endswith(f"-{width}") and p != ours]
-    by = {(row["checkpoint"], row["policy"]): row["pictures"] for row in rows}
-    result = []
-    for a, b in pairs:
-        both = [c for c, p in by if p == a and (c, b) in by]
-        for metric in METRICS:
-            gaps = [np.subtract(by[c, a][metric], by[c, b][metric]) for c in both]
-            groups = np.repeat(both, [len(gap) for gap in gaps])
-            result.append({"a": a, "b": b, "metric": metric, **asdict(bootstrap(np.concatenate(gaps), groups))})
-    return result
-
-
-def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """One line per policy: means over checkpoints."""
-    yield f"{'policy':14} {'MB':>6} {'/fp32':>6} {'PSNR dB':>8} {'SSIM':>6} {'concept':>8} {'prompt':>7}"
-    for policy in dict.fromkeys(row["policy"] for row in rows):
-        chosen = [row for row in rows if row["policy"] == policy]
-        size, ratio = (
-            float(np.mean([f(row) for row in chosen]))
-            for f in (lambda r: r["bytes"] / 1e6, lambda r: r["bytes"] / r["bytes_fp32"])
-        )
-        means = {metric: float(np.mean([row[metric] for row in chosen])) for metric in METRICS}
-        yield (
-            f"{policy:14} {size:6.2f} {ratio:6.3f} {means['psnr_db']:8.2f} {means['ssim']:6.3f} "
-            f"{means['concept']:8.3f} {means['prompt']:7.3f}"
-        )
-
-
 @click.command()
 @click.option(
     "--repo", type=click.Path(path_type=Path, exists=True), default=Path("gallery/repository"), show_default=True
@@ -290,6 +232,7 @@ def main(
     for metric in ("psnr_db", "concept") if out else ():
         plot(rows, metric, out.with_name(f"{out.stem}_{metric.removesuffix('_db')}.png"))
     if out:
+        write_atomic(out.with_suffix(".md"), markdown(rows, summary["differences"]).encode())
         write_atomic(out, (json.dumps(summary) + "\n").encode())
     click.echo(json.dumps(summary))
 

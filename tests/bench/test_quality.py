@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.quality import METRICS, differences, plot, ssim, table
+from bench._quality_report import METRICS, differences, markdown, plot, table
+from bench.quality import ssim
 
 
 def row(checkpoint: str, policy: str, size: int, shift: float) -> dict[str, object]:
@@ -43,6 +44,15 @@ def test_the_table_has_a_line_a_policy_with_its_share_of_fp32():
     lines = list(table(ROWS))
     assert len(lines) == 4
     assert "0.164" in next(line for line in lines if line.startswith("taq-w4a8"))
+
+
+def test_the_docs_table_says_what_taq_has_over_each_policy():
+    lines = markdown(ROWS, differences(ROWS)).splitlines()
+    assert lines[0] == "**W4A8**, 3 checkpoints:"
+    rtn = next(line for line in lines if line.startswith("| rtn"))
+    assert "| 0.160 |" in rtn
+    assert "+0.200 (" in rtn
+    assert next(line for line in lines if line.startswith("| fp32")).count("|") == rtn.count("|")
 
 
 def test_the_plot_is_a_picture(tmp_path: Path):
