@@ -46,7 +46,7 @@ $(STAMP):
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
 		echo "make: cannot make .venv; install Python's venv module (Debian, Ubuntu: python3-venv)" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH_PIP) torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,openvino,serve,export,ray,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,openvino,serve,export,ray,store,dev]'
 	@rm -f .venv/installed-*
 	@touch $@
 

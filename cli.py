@@ -194,7 +194,7 @@ def serve(**options: Any) -> None:
     """Serve the repository over HTTP: OpenAI-compatible images, Check-in, metrics, and a page at /."""
     from runtime.serving.serve import serve_repository
 
-    serve_repository(opened().root, **options)
+    serve_repository(opened(create=bool(options["store"])).root, **options)
 
 
 @cli.command()

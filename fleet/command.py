@@ -64,6 +64,7 @@ def _one(
     settings: tuple[str, ...],
     lint: str | None,
     triton: Path | None,
+    store: str,
     **_: Any,
 ) -> Result:
     repository.checkpoint_dir(id_)
@@ -73,7 +74,13 @@ def _one(
         made = export_request(repository, id_, spec, targets, report, settings)
     if lint:
         return Result(*lint_result(made))
-    return Result({**asdict(made), "bundle": str(made.bundle), **_triton(made.bundle, triton)})
+    published: dict[str, str] = {}
+    if store:
+        from personalq.remote import Remote
+
+        Remote(store).publish(made.bundle, repository.card(id_))
+        published = {"store": store}
+    return Result({**asdict(made), "bundle": str(made.bundle), **_triton(made.bundle, triton), **published})
 
 
 def _triton(bundle: Path, place: Path | None) -> dict[str, list[str]]:
@@ -97,6 +104,7 @@ def _many(repository: "Repository", ids: Path | None, *, retries: int, **options
         settings=options["settings"],
         verify=options["verify"],
         threads=options["threads"],
+        store=options["store"],
     )
     workers = (_cluster if options["on"] == "ray" else _pool)(work, **options)
     with redirect_stdout(sys.stderr), progress() as report:  # Ray prints on stdout when it loses a machine

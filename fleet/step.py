@@ -18,6 +18,7 @@ from personalq.bundle import read_manifest
 from personalq.card import folder_name
 from personalq.errors import PersonalQError, SpecError
 from personalq.identity import weights_sha256
+from personalq.remote import Remote
 from personalq.repository import Repository
 from personalq.spec import read_spec
 
@@ -79,6 +80,9 @@ def _export(work: Work, checkpoint_id: str, steps: Steps) -> Outcome:
     if work.verify != NOT_VERIFIED and not is_known:
         with steps.step("verify"):
             verify(repository, made.bundle, work.verify, work.threads)
+    if work.store:
+        with steps.step("publish"):
+            is_known = not Remote(work.store).publish(made.bundle, repository.card(checkpoint_id)) and is_known
     return Outcome(
         checkpoint_id,
         "reused" if is_known else "done",

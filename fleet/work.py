@@ -20,6 +20,7 @@ class Work:
 
     root: the repository, under the same path on every machine. spec: 'taq-w4a8', 'fp16', ...; '': the one that was
     calibrated last, else taq-w8a8. verify: the gate's last level, or 'none'. threads: cores of one export.
+    store: URL that every bundle is published to, or ''.
     """
 
     root: str
@@ -28,6 +29,7 @@ class Work:
     settings: tuple[str, ...] = ()
     verify: str = "images"
     threads: int = 2
+    store: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

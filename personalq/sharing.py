@@ -42,6 +42,11 @@ def note_shared(root: Path, bundle: Path, sha256: Mapping[str, str]) -> None:
             write_atomic(root / NOTES / digest, f"{bundle.name}/{name}\n".encode())
 
 
+def shared_file(root: Path, digest: str) -> Path | None:
+    """A file of some bundle that was noted under this sha256; its bytes may have been spoiled since."""
+    return _noted(root, digest)
+
+
 def dangling(root: Path) -> Iterator[Path]:
     """Every note whose bundle is gone."""
     place = root / NOTES

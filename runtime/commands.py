@@ -26,6 +26,7 @@ _EXPORTING = (
     click.option("--target", "targets", type=TARGETS, multiple=True, default=["onnxruntime"], show_default=True),
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of a TensorRT plan: docs/tensorrt.md."),
     click.option("--lint", type=click.Choice(["trt"]), help="Say what a TensorRT builder would not take."),
+    click.option("--store", default="", metavar="URL", help="Also publish to a store: s3://bucket/place, file:///..."),
     click.option("--triton", type=_FILE, metavar="DIR", help="Also write Triton models into DIR: docs/triton.md."),
 )
 _FLEET = (
@@ -57,6 +58,10 @@ _SERVING = (
         "--max-batch", type=click.IntRange(min=1), default=4, show_default=True, help="Pictures drawn together."
     ),
     click.option("--api-keys", type=_FILE, help="File of keys, one a line. Without it everybody may ask."),
+    click.option("--store", default="", metavar="URL", help="Also serve the bundles of a store: docs/export.md."),
+    click.option(
+        "--cache-mb", type=click.FloatRange(min=1), default=20000.0, show_default=True, help="Of its bundles."
+    ),
     click.option("--log-prompts", is_flag=True, help="Write prompts into the log."),
 )
 

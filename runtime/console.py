@@ -40,6 +40,7 @@ EXTRAS = {
     "prometheus_client": "serve",
     "openai": "llm",
     "ray": "ray",
+    "obstore": "store",
 }
 
 

@@ -8,9 +8,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from personalq.bundle import MANIFEST
+from personalq.bundle import MANIFEST, Manifest, read_manifest
 from personalq.errors import EngineError
+from personalq.remote import Remote
 
+from .cache import CACHE, BundleCache
 from .targets import FALLBACK, TARGETS, TITLES, misfit, missing
 
 BUNDLES = "bundles"
@@ -43,8 +45,9 @@ class _Table:
 class Store:
     """The bundles of one repository. The table is read again when a bundle was added or removed."""
 
-    def __init__(self, repository: Path) -> None:
+    def __init__(self, repository: Path, cache: BundleCache | None = None) -> None:
         self.folder = repository / BUNDLES
+        self._cache = cache
         self._table: _Table | None = None
 
     def bundles(self, checkpoint_id: str) -> list[Path]:
@@ -56,7 +59,7 @@ class Store:
         if target not in TARGETS:
             raise EngineError(f"target: must be one of {', '.join(TARGETS)}, got {target!r}; choose one of them")
         table = self._current()
-        bundles = table.bundles.get(checkpoint_id)
+        bundles = table.bundles.get(checkpoint_id) or self._remote(checkpoint_id)
         if not bundles:
             unread = f" ({'; '.join(table.unreadable)})" if table.unreadable else ""
             raise EngineError(
@@ -81,7 +84,22 @@ class Store:
     def drawable(self) -> dict[str, bool]:
         """Every checkpoint that has a bundle -> whether it also has an unquantised one."""
         table = self._current()
-        return {name: any(one in table.references for one in bundles) for name, bundles in table.bundles.items()}
+        here = {name: any(one in table.references for one in bundles) for name, bundles in table.bundles.items()}
+        return {**dict.fromkeys(self._cache.ids(), False), **here} if self._cache is not None else here
+
+    def manifest(self, bundle: Path) -> Manifest:
+        """A found bundle's manifest, also of one that is not fetched yet."""
+        is_remote = self._cache is not None and self._cache.holds(bundle)
+        return self._cache.manifest(bundle) if is_remote and self._cache else read_manifest(bundle)
+
+    def ensure(self, bundle: Path) -> None:
+        """Have a found bundle's files here: fetched from the store now when they are not."""
+        if self._cache is not None and self._cache.holds(bundle):
+            self._cache.ensure(bundle)
+
+    def _remote(self, checkpoint_id: str) -> list[Path]:
+        found = None if self._cache is None else self._cache.find(checkpoint_id)
+        return [] if found is None else [found]
 
     def _current(self) -> _Table:
         """A bundle is renamed into the folder whole, so the folder's own time says whether the table still holds."""
@@ -91,6 +109,12 @@ class Store:
             table = _read_table(self.folder, mtime_ns)
             self._table = table
         return table
+
+
+def open_store(repository: Path, url: str = "", cache_mb: float = 0.0) -> Store:
+    """The bundles of a repository and, with a URL, those of a remote store, kept in a cache of so many megabytes."""
+    cache = BundleCache(Remote(url), repository / CACHE, round(cache_mb * 1e6)) if url else None
+    return Store(repository, cache)
 
 
 def find(repository: Path, checkpoint_id: str, target: str = "onnxruntime") -> Found:

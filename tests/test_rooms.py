@@ -146,7 +146,7 @@ def test_constraints_pin_every_dependency() -> None:
         *PROJECT["dependencies"],
         *(
             PROJECT["optional-dependencies"][extra][i]
-            for extra in ("cpu", "openvino", "serve", "export", "ray", "dev")
+            for extra in ("cpu", "openvino", "serve", "export", "ray", "store", "dev")
             for i in range(len(PROJECT["optional-dependencies"][extra]))
         ),
     ]

@@ -18,7 +18,7 @@ from personalq.repository import Repository
 
 from ..pipeline import Settings
 from ..samplers import sampler_named
-from ..store import Store
+from ..store import open_store
 from .api import ApiError, ImageRequest, Json, check_length, check_limits, image_event
 from .metrics import Metrics
 from .options import ServeOptions
@@ -46,7 +46,7 @@ class Service:
     def __init__(self, options: ServeOptions) -> None:
         self.options = options
         self.repository = Repository.open(options.draw.repository)
-        self.store = Store(self.repository.root)
+        self.store = open_store(self.repository.root, options.draw.store, options.draw.cache_mb)
         self.metrics = Metrics()
         self.drawing = DrawProcess(options.draw, self.metrics.observe_residency, lambda: self.metrics.restarts.inc())
         self.is_draining = False

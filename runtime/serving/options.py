@@ -13,13 +13,15 @@ MEGABYTE = 1_000_000
 
 @dataclass(frozen=True)
 class DrawOptions:
-    """What the drawing process is told. threads: per operator, 0 = all cores."""
+    """What the drawing process is told. threads: per operator, 0 = all cores. store: URL of further bundles, or ''."""
 
     repository: Path
     budget_mb: float = 2000.0
     target: str = "onnxruntime"
     threads: int = 0
     max_batch: int = 4
+    store: str = ""
+    cache_mb: float = 20_000.0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,10 @@ from typing import Any
 
 import uvicorn
 
+from personalq.remote import Remote
+from personalq.repository import Repository
+
+from ..cache import take_cards
 from .app import create_app
 from .options import ServeOptions, options_of
 
@@ -18,7 +22,10 @@ _GRACE_SECONDS = 3600  # requests have a deadline of their own
 
 def serve_repository(repository: Path, **options: Any) -> None:
     """`personalq serve`: the options of its command line."""
-    serve(options_of(repository, **options))
+    told = options_of(repository, **options)
+    if told.draw.store:
+        take_cards(Repository.open(repository), Remote(told.draw.store))
+    serve(told)
 
 
 def serve(options: ServeOptions) -> None:

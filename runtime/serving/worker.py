@@ -15,13 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from personalq.bundle import Manifest, read_manifest
-from personalq.errors import EngineError
+from personalq.bundle import Manifest
+from personalq.errors import PersonalQError
 
 from ..engine import open_engine
 from ..pipeline import Picture, Pipeline, Settings
 from ..residency import Loaded, Residency
-from ..store import Store
+from ..store import open_store
 from .messages import Message, pack, read
 from .options import MEGABYTE, DrawOptions
 from .scheduler import Job, Scheduler
@@ -35,7 +35,7 @@ class Worker:
 
     def __init__(self, options: DrawOptions, out: BinaryIO) -> None:
         self._options = options
-        self._store = Store(options.repository)
+        self._store = open_store(options.repository, options.store, options.cache_mb)
         self._out, self._frames = out, queue.SimpleQueue[bytes | None]()
         self._writer = threading.Thread(target=self._write, name="write", daemon=True)
         self._writer.start()
@@ -86,7 +86,7 @@ class Worker:
     def _prefetch(self, checkpoint: str) -> None:
         try:
             self._residency.prefetch(self._find(checkpoint, "best")[0])
-        except EngineError:
+        except PersonalQError:
             return  # nothing to load ahead: the request itself will say why
 
     def _find(self, checkpoint: str, variant: str) -> tuple[str, str]:
@@ -97,13 +97,14 @@ class Worker:
 
     def _load(self, key: str) -> Loaded[Pipeline]:
         name, _, bundle = key.partition("|")
+        self._store.ensure(Path(bundle))
         before = memory_bytes()
         pipeline = Pipeline(open_engine(name, Path(bundle), self._options.threads or None))
         took = memory_bytes() - before
         return Loaded(pipeline, max(took, graph_bytes(pipeline.manifest)))
 
     def _estimate(self, key: str) -> int:
-        return graph_bytes(read_manifest(Path(key.partition("|")[2])))
+        return graph_bytes(self._store.manifest(Path(key.partition("|")[2])))
 
     def _write(self) -> None:
         while (frame := self._frames.get()) is not None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from fleet.step import run_task
 from fleet.verified import NOTE, verified_level
 from fleet.work import Outcome, Task, Work, read_ids, spec_name
 from personalq.errors import SpecError
+from personalq.remote import Remote
 from personalq.repository import Repository
 from personalq.sharing import SMALLEST
 from tests.fleet.many import NAMES, content, fresh_copy
@@ -178,6 +180,21 @@ def test_what_was_verified_is_noted_and_what_fails_the_gate_is_a_failure(many: P
         wrong = run_task(Work(str(root), threads=1, verify="numerics"), Task("checkpoint", "rex"))
         assert (wrong.state, wrong.step, wrong.is_final) == ("failed", "verify", True)
         assert wrong.reason.startswith("FAILED rex") and "unet" in wrong.reason
+
+
+def test_bundles_are_published_to_a_store_and_a_second_run_finds_them_there(many: Path, tmp_path: Path) -> None:
+    pytest.importorskip("obstore", reason="obstore is not installed: pip install 'personalq[store]'")
+    root = fresh_copy(many, tmp_path / "repository").root
+    work = Work(str(root), spec="fp16", verify="none", threads=1, store=f"file://{tmp_path}/store")
+    made = [run_task(work, Task("checkpoint", "one")) for _ in range(2)]
+    assert [one.state for one in made] == ["done", "reused"] and "publish" in made[1].seconds
+    remote = Remote(work.store)
+    assert remote.ids() == ["one"] and remote.has(made[0].bundle) and remote.card("one").class_noun == "dog"
+    remote.fetch(made[0].bundle, tmp_path / "fetched")
+    assert content(tmp_path / "fetched") == content(root / "bundles" / made[0].bundle)
+    nowhere = replace(work, store="nope://bucket")
+    failed = run_task(nowhere, Task("checkpoint", "one"))
+    assert (failed.state, failed.step) == ("failed", "publish") and failed.reason.startswith("nope://bucket: must be a")
 
 
 def spoil(goldens: Path) -> None:

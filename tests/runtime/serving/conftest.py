@@ -78,7 +78,9 @@ def running(repository: Path, **options: Any) -> Iterator[Running]:
     from runtime.serving.app import create_app
     from runtime.serving.options import DrawOptions, Limits, ServeOptions
 
-    draw = {name: options.pop(name) for name in ("budget_mb", "max_batch", "target") if name in options}
+    draw = {
+        name: options.pop(name) for name in ("budget_mb", "max_batch", "target", "store", "cache_mb") if name in options
+    }
     limits = {name: options.pop(name) for name in ("queue", "seconds", "images", "body_bytes") if name in options}
     key = options.pop("key", "")
     app = create_app(ServeOptions(DrawOptions(repository, threads=1, **draw), limits=Limits(**limits), **options))
