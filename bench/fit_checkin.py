@@ -38,6 +38,7 @@ from ._requests import Example, make_examples
 SUB_WEIGHT = 0.5
 _PAIRS = 12  # candidates of one example that are compared with the leader
 _BAGS, _HIDDEN = 5, 6
+_REFUSED = 0.12  # share of people's requests that nothing fits
 L2 = 8e-3
 
 
@@ -87,11 +88,12 @@ def _mean_scorer(bags: list[Scorer]) -> Scorer:
 def _fit_none(scored: list[tuple[Example, NDArray[np.float32], float]]) -> float:
     """Return how probable "none" must be to refuse: the best F1 of refusing plus share of right leaders kept.
 
-    Parts of catalogues have many refusals, people have few: whole catalogues count more here.
+    The fit has many refusals, people have few: here they weigh as much as people's, and whole catalogues more.
     """
     none = np.array([n for _, _, n in scored])
     weights = np.array([1.0 if e.is_whole else 0.2 for e, _, _ in scored])
     wanted = np.array([e.wanted == "abstain" for e, _, _ in scored])
+    weights[wanted] *= _REFUSED / (1 - _REFUSED) * weights[~wanted].sum() / weights[wanted].sum()
     right = np.array([len(p) > 0 and e.right[int(p.argmax())] > 0 for e, p, _ in scored])
     gains = []
     for limit in (limits := np.arange(0.2, 0.81, 0.025)):

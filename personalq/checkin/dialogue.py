@@ -15,7 +15,7 @@ from ..atomic import atomic_directory
 from ..card import Card
 from ..errors import CheckinError, RepositoryError
 from ..repository import Repository
-from .answers import answer_scores, chosen_option, named_card, says_none
+from .answers import answer_scores, chosen_option, named_card, says_none, with_digits
 from .decision import Candidate, Decision
 from .encoder import Encoder, shared_encoder
 from .explain import MAX_OPTIONS, explained_words, option_order, option_texts, question, reasons
@@ -29,6 +29,7 @@ MAX_QUESTIONS = 2
 MAX_ANSWERS = 8
 _SHOWN = 10
 _STILL_OPEN = 0.75  # share of the leader's probability that keeps a candidate open after an answer
+_PRIOR = 0.75  # weight of the log-odds before the answer against what the answer says
 _REACH = 6.0  # log-odds behind the leader beyond which a candidate is no farther from what an answer can bring back
 
 
@@ -126,11 +127,11 @@ class Checkin:
             picked = np.full(len(p), 1e-6, np.float32)
             picked[column] = 1.0
             return np.asarray(picked / picked.sum(), np.float32)
-        said = gather(answer, self.cards, self.index, self._encoder)
+        said = gather(with_digits(answer), self.cards, self.index, self._encoder)
         added = answer_scores(said, self.index.n_cards)[evidence.places]
         behind = np.minimum(np.log(p.max() / np.maximum(p, 1e-9)), _REACH)
         behind[open_] = 0.0  # what was asked about is as likely as the leader
-        score = added - 0.5 * behind
+        score = added - _PRIOR * behind
         weights = np.exp(score - score.max())
         return np.asarray(weights / weights.sum(), np.float32)
 

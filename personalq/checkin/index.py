@@ -23,7 +23,7 @@ from .encoder import WIDTH, Encoder
 from .mapped import map_safetensors
 from .words import fold, grams, joined_pairs, split_term, terms, words
 
-VERSION = 4
+VERSION = 5
 FIELDS = ("name", "class", "tags", "triggers", "description", "source")
 _EXACT, _REFINED, _DIRECTIONS = 5000, 1000, 64
 _STUFFED = 10  # class nouns in one card's text
@@ -176,7 +176,7 @@ def build_index(cards: Sequence[Card], encoder: Encoder, *, digest: str, old: In
         vectors=_vectors(cards, text_keys, encoder, old),
         phrases=phrases,
         phrase_vectors=_phrase_vectors(phrases, encoder, old),
-        card_class=np.array([phrases.get(_phrase(card.class_noun), -1) for card in cards], np.int32),
+        card_class=np.array([phrases.get(phrase_key(card.class_noun), -1) for card in cards], np.int32),
         spellings=spellings,
         gram_ids=gram_ids,
         gram_start=gram_start,
@@ -230,18 +230,26 @@ def _triggers(
                     written.setdefault(key, phrase)
 
     def is_made_up(key: str) -> bool:
-        odd = [t for w in words(written[key]) if not encoder.is_word(w) for t in split_term(w)[:1]]
-        return any(df[vocabulary[t]] <= len(found[key]) for t in odd if t in vocabulary)
+        odd = [
+            w for w in words(written[key]) if not encoder.is_word(w) and not (" " in key and _is_compound(w, encoder))
+        ]
+        return any(df[vocabulary[t]] <= len(found[key]) for w in odd for t in split_term(w)[:1] if t in vocabulary)
 
     return {key: (found[key], is_made_up(key)) for key in sorted(found) if found[key]}
 
 
-def _phrase(text: str) -> str:
+def _is_compound(word: str, encoder: Encoder) -> bool:
+    """Tell whether a word is two ordinary words written as one, such as 'cutout': in a phrase, people say that."""
+    return any(encoder.is_word(word[:i]) and encoder.is_word(word[i:]) for i in range(3, len(word) - 2))
+
+
+def phrase_key(text: str) -> str:
+    """Return the form in which class nouns and tags are kept."""
     return " ".join(text.lower().replace("_", " ").split())
 
 
 def _phrases(cards: Sequence[Card]) -> dict[str, int]:
-    texts = {_phrase(text) for card in cards for text in (card.class_noun, *card.tags) if text}
+    texts = {phrase_key(text) for card in cards for text in (card.class_noun, *card.tags) if text}
     return {text: i for i, text in enumerate(sorted(t for t in texts if t and len(t) <= 40))}
 
 

@@ -38,16 +38,38 @@ _STYLES = tuple(
         r"(?P<concept>[^:]{2,80}):\s(?P<rest>.+)",
     )
 )
-_MEDIUM = re.compile(r"(?P<concept>(?!my\b|our\b)[^,.:;]{2,50}?)\s+of\s+(?P<rest>.+)", re.IGNORECASE | re.DOTALL)
+_MEDIUM = re.compile(
+    r"(?P<concept>(?!my\b|our\b)[^,.:;]{2,50}?)(?<!made)(?<!full)\s+of\s+(?P<rest>.+)", re.IGNORECASE | re.DOTALL
+)
 _PARTITIVE = re.compile(
     r"^(?:an?|the|some|my|one|two|\s)*(?:\w+\s+){0,2}?(?:bunch|bowl|plate|platter|dish|cup|mug|glass|pile|pair|group|bit|piece|slice|"
     r"page|bag|box|jar|lot|kind|sort|couple|handful|set|row|stack|crowd|herd|flock|statue|figure)s?\s+of\s+",
     re.IGNORECASE,
 )
 _LIKE = re.compile(
-    r"^(?P<rest>.{3,}?),?\s+(?:as\s+(?:those|these)|(?:just\s+)?like\s+(?:in\s+)?(?:those|the|my|an?|they)|the\s+way)\s+"
+    r"^(?:(?P<rest>.{3,}?),?\s+)?(?:as\s+(?:those|these)|(?:just\s+)?like\s+(?:in\s+)?(?:those|the|my|an?|they)|the\s+way)\s+"
     r"(?P<concept>.+)",
     re.IGNORECASE | re.DOTALL,
+)
+# 'Turn the farm into wool', 'a skull made of dots': what it becomes is wanted, unless the thing is a known one.
+_BECOMES = (
+    re.compile(
+        r"^(?:turn|transform|convert|change|morph|remake|make)\s+(?P<rest>(?!my\b|our\b).{3,60}?)\s+into\s+(?P<concept>.+)",
+        re.IGNORECASE | re.DOTALL,
+    ),
+    re.compile(
+        r"^(?!(?:my|our|the|that|this|those|these)\b)(?P<rest>.{3,60}?)\s+"
+        r"(?:(?:turned|transformed|converted)\s+into|(?:built|made|carved|sculpted|molded|woven|knitted|sewn)\s+"
+        r"(?:from|of|out of|in|with)|(?=(?:painted|drawn|sketched|printed|engraved|etched|written)\s+(?:on|in|with|by)\b))"
+        r"\s*(?P<concept>.+)",
+        re.IGNORECASE | re.DOTALL,
+    ),
+)
+_QUOTED = re.compile(
+    r"(?<!\w)(?:(?:that\s+)?(?:saying|says?|reads?|reading|with|the (?:words?|text))\s+)?"
+    r"(?:'[^']{2,60}'|\"[^\"]{2,60}\"|\u2018[^\u2019]{2,60}\u2019|\u201c[^\u201d]{2,60}\u201d)(?!\w)"
+    r"|\b(?:(?:that|which)\s+)?(?:says|saying|reads)\s+[^,.;'\"]{1,60}",
+    re.IGNORECASE,
 )
 _SCENE = re.compile(
     r",|\b(?:in|on|at|near|next to|beside|besides|behind|under|underneath|over|above|inside|outside|into|onto|through|"
@@ -55,7 +77,7 @@ _SCENE = re.compile(
     r"(?!king|ring|thing|string|wing|painting|drawing|coloring|colouring|lounging|ringing|steaming|knitting|clothing)\w{3,}ing|asleep)\b",
     re.IGNORECASE,
 )
-_ATTRIBUTE = re.compile(r"\b(?:with|that|which|who|whose|having|shaped)\b", re.IGNORECASE)
+_ATTRIBUTE = re.compile(r"\b(?:with|that|which|who|whose|having|shaped|made of|full of)\b", re.IGNORECASE)
 _STYLE_CUE = re.compile(
     r"\b(?:style[ds]?|look|aesthetic|manner|version|stlye|art|drawing|sketch|painting|look(?:s|ing)? like)\b",
     re.IGNORECASE,
@@ -80,9 +102,13 @@ _KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """A request taken apart. ``head`` names the concept, ``attribute`` describes it, ``scene`` is around it."""
+    """A request taken apart. ``head`` names the concept, ``attribute`` describes it, ``scene`` is around it.
+
+    ``described`` is the text without what is quoted: letters to be drawn say nothing about who draws them.
+    """
 
     text: str
+    described: str
     prompt: str
     head: str
     attribute: str
@@ -98,13 +124,16 @@ def parse_request(request: str) -> Intent:
     text = " ".join(request[:MAX_REQUEST].split())
     if match := _HISTORY.match(text):
         before, now = match["before"].strip("'\" "), match["now"]
-        head, attribute, scene = _zones(strip_command(before.replace("(done)", " ").strip("'\". ")))
+        described = text
+        head, attribute, scene = _zones(before.replace("(done)", " ").strip("'\". "))
         prompt, scene = strip_order(now), f"{scene} {now}"
     else:
-        prompt = strip_order(text)
-        head, attribute, scene = _zones(strip_command(text))
+        prompt, described = strip_order(text), " ".join(_QUOTED.sub(" ", text).split()) or text
+        head, attribute, scene = _zones(described)
+        scene = " ".join([scene, *_QUOTED.findall(text)]).strip()
     return Intent(
         text=text,
+        described=described,
         prompt=prompt,
         head=head,
         attribute=attribute,
@@ -159,6 +188,10 @@ def _kinds(text: str) -> frozenset[str]:
 
 def _zones(text: str) -> tuple[str, str, str]:
     """Split into (head, attribute, scene). What is done 'like those drawings' is wanted as much as the drawings are."""
+    if match := _BECOMES[0].match(text) or _BECOMES[1].match(strip_command(text)):
+        head, _, more = match["concept"].strip().partition(",")
+        return head, "", f"{match['rest']} {more}".strip()
+    text = strip_command(text)
     if _PARTITIVE.match(text):
         return _subject(text)
     for pattern in (*_STYLES, _MEDIUM):
@@ -172,13 +205,13 @@ def _zones(text: str) -> tuple[str, str, str]:
         return head, attribute, f"{scene} {rest}".strip()
     if match := _LIKE.match(text):
         head, attribute, scene = _subject(match["concept"].strip())
-        return head, f"{attribute} {match['rest']}".strip(), scene
+        return head, f"{attribute} {scene} {match['rest'] or ''}".strip(), ""
     return _subject(text)
 
 
 def _subject(text: str) -> tuple[str, str, str]:
     start = len(text) - len(text.lstrip(" ,"))
-    first_word = re.compile(r"\s*\S+").match(text, start)
+    first_word = re.compile(r"\s*[^\s,]+").match(text, start)
     scene_at = _SCENE.search(text, first_word.end() if first_word else 0)
     kept, scene = (text[: scene_at.start()], text[scene_at.start() :]) if scene_at else (text, "")
     attribute_at = _ATTRIBUTE.search(kept, first_word.end() if first_word else 0)

@@ -19,14 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckinError
-from .features import NAMES, ZONES, Evidence
+from .features import NAMES, Evidence
+from .index import FIELDS
 from .judge import Judgement
+from .request_terms import ZONES
 
 Matrix = NDArray[np.float32]
 MODEL = Path(__file__).with_name("model.json")
 RIVAL_NAMES = (
     "gap", "ahead", "behind", "gap_untied", "tied", "tied_noun", "dense_ahead", "name_ahead", "cover_ahead", "source_ahead",
-    "stated_ahead", "same_class", "same_style", "same_trigger", "leader", "noun_said",
+    "scene_ahead", "head_dense_ahead", "stated_ahead", "same_class", "same_style", "same_trigger", "leader", "noun_said",
 )  # fmt: skip
 _TIED = 0.12  # weight of words below which two cards account for the same ones
 _PER_POINT, _NEUTRAL = 1.2, 1.0  # of a model's judgement, 0 to 3
@@ -125,11 +127,14 @@ def with_judgement(p: Matrix, none: float, judgement: Judgement) -> tuple[Matrix
 
 
 def explained(evidence: Evidence) -> Matrix:
-    """Return how much of each head and attribute term each card explains, times the term's weight: (T', C)."""
-    kept = evidence.terms.zones < ZONES.index("scene")
-    if not kept.any():
-        return np.zeros((0, len(evidence.places)), np.float32)
-    return np.asarray(evidence.match[kept].max(1) * evidence.terms.weights[kept, None], np.float32)
+    """Return how much of each head and attribute term each card explains, times the term's weight: (T', C).
+
+    Who made a card counts wherever it is said: 'a castle in LEGO, by lordjia'.
+    """
+    by_whom = evidence.match[:, FIELDS.index("source")]
+    is_scene = (evidence.terms.zones == ZONES.index("scene"))[:, None]
+    found = np.where(is_scene, by_whom, evidence.match.max(1, initial=0.0))
+    return np.asarray(found * evidence.terms.weights[:, None], np.float32)
 
 
 def scores(model: Model, evidence: Evidence) -> Matrix:
@@ -170,6 +175,8 @@ def rival_features(evidence: Evidence, p: Matrix) -> Matrix:
         "name_ahead": less["name_weight"],
         "cover_ahead": less["name_cover"],
         "source_ahead": less["source"],
+        "scene_ahead": less["scene_any"],
+        "head_dense_ahead": less["dense_head"],
         "stated_ahead": less["family"] + less["kind"],
         "same_class": (evidence.classes == evidence.classes[leader]).astype(np.float32),
         "same_style": (column["is_style"] == column["is_style"][leader]).astype(np.float32),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hostile import hostile_cards
-
+from bench.hostile import hostile_cards
 from personalq.checkin import Checkin
 from personalq.repository import Repository
 
