@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import click
 import numpy as np
 
-from bench._quality_report import differences, markdown, plot, table
+from bench._quality_report import Row, differences, markdown, plot, table
 from personalq.atomic import write_atomic
 from personalq.numerics import psnr_db
 
@@ -42,11 +42,14 @@ class Plan:
     @property
     def key(self) -> dict[str, Any]:
         """What rows must agree in to be compared."""
-        return {"policies": list(self.policies), "prompts": self.prompts, "seeds": self.seeds}
+        return {"prompts": self.prompts, "seeds": self.seeds}
 
 
-def measured_before(out: Path | None, plan: Plan) -> list[dict[str, Any]]:
-    """Rows of an earlier run of the same plan that was stopped or saw other checkpoints. Raises click.ClickException."""
+def measured_before(out: Path | None, plan: Plan) -> list[Row]:
+    """Rows of an earlier run of the same prompts and seeds: one that was stopped, or saw other checkpoints or policies.
+
+    Raises click.ClickException.
+    """
     if out is None or not out.exists():
         return []
     found = json.loads(out.read_text())
@@ -55,8 +58,8 @@ def measured_before(out: Path | None, plan: Plan) -> list[dict[str, Any]]:
     return list(found["rows"])
 
 
-def measure_checkpoint(plan: Plan, checkpoint_id: str) -> list[dict[str, Any]]:
-    """Rows of one checkpoint, one per policy, each with its per-picture numbers."""
+def measure_checkpoint(plan: Plan, checkpoint_id: str) -> list[Row]:
+    """Rows of one checkpoint, one per policy of the plan and FP32, each with its per-picture numbers."""
     from calibration.calibrate import CalibrateOptions, gather
     from gallery.concepts import evaluation_prompts, reference_images
     from gallery.judge import Judge
@@ -205,20 +208,23 @@ def main(
         checkpoints.split(",") if checkpoints else [c.id for c in repository.cards() if repository.has_weights(c.id)]
     )
     rows = measured_before(out, plan)
-    wanted = [c for c in wanted if c not in {row["checkpoint"] for row in rows}]
-    if wanted:
+    known = {(row["checkpoint"], row["policy"]) for row in rows}
+    missing = {c: tuple(p for p in plan.policies if (c, p) not in known) for c in wanted}
+    if any(missing.values()):
         export(repository, wanted[0], "fp32")  # the family is traced once, before the workers start
     with ProcessPoolExecutor(jobs) as pool:
-        for done in as_completed([pool.submit(measure_checkpoint, plan, checkpoint) for checkpoint in wanted]):
+        plans = [(replace(plan, policies=left), c) for c, left in missing.items() if left]
+        for done in as_completed([pool.submit(measure_checkpoint, *each) for each in plans]):
             part = done.result()
-            rows += part
+            rows += [row for row in part if (row["checkpoint"], row["policy"]) not in known]
             click.echo(
                 f"{part[0]['checkpoint']}: " + "  ".join(f"{r['policy']} {r['psnr_db']:.1f} dB" for r in part[1:]),
                 err=True,
             )
             if out:
                 write_atomic(out, json.dumps({"bench": "quality", "plan": plan.key, "rows": rows}).encode())
-    rows.sort(key=lambda row: row["checkpoint"])
+    order = ["fp32", *plan.policies]
+    rows.sort(key=lambda row: (row["checkpoint"], order.index(row["policy"]) if row["policy"] in order else len(order)))
     click.echo("\n".join(table(rows)))
     summary = {
         "bench": "quality",
