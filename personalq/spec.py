@@ -105,7 +105,9 @@ class SpecFile:
     """A spec together with its tensors (name -> float32 scale or int8 integers)."""
 
     def __init__(self, spec: Spec, tensors: dict[str, npt.NDArray[Any]]):
-        blob = save(dict(sorted(tensors.items()))) if tensors else b""
+        # safetensors writes an array's memory as it lies: columns first would come back as other numbers.
+        tensors = {name: np.asarray(value, order="C") for name, value in sorted(tensors.items())}
+        blob = save(tensors) if tensors else b""
         self.spec = spec.model_copy(update={"tensors_sha256": hashlib.sha256(blob).hexdigest() if blob else ""})
         self.tensors = tensors
         self._blob = blob

@@ -35,6 +35,13 @@ def test_a_blockwise_layer_comes_back_from_disk_as_it_was(tmp_path):
     assert again.content_sha256() == spec_file().content_sha256()
 
 
+def test_an_array_in_columns_first_order_comes_back_with_the_same_numbers(tmp_path):
+    file = spec_file(scales=(8, 2))
+    columns_first = np.asfortranarray(np.arange(16, dtype=np.float32).reshape(8, 2) + 1)
+    path = SpecFile(file.spec, {**file.tensors, "to_q.weight_scale": columns_first}).write(tmp_path / "taq-w4a16.json")
+    np.testing.assert_array_equal(read_spec(path).tensors["to_q.weight_scale"], columns_first)
+
+
 @pytest.mark.parametrize(
     ("changed", "scales", "message"),
     [
