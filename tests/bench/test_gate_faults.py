@@ -1,11 +1,12 @@
 """Every fault of the library is caught on a real, small export, and the same export without a fault passes."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench._faults import FAULTS, NEEDS_INT4, Case, export_with, inject, with_int4
+from bench._faults import FAULTS, NEEDS_INT4, Case, export_with, inject, quantised_layer, with_int4
 from personalq.spec import read_spec
 from runtime.gate.gate import Options, run_gate
 from tests.bench.conftest import Tiny
@@ -55,6 +56,19 @@ def test_the_first_line_says_what_is_wrong(fault: str, tiny: Tiny, tmp_path: Pat
     inject(fault, Case(tiny.repository, "rex", folder, tiny.other))
     report = run_gate(folder, Options(threads=1, level="obedience"), tiny.sources)
     assert NAMED[fault] in report.headline
+
+
+@pytest.mark.parametrize("fault", ["two channels swapped", "bias dropped"])
+def test_a_baseline_names_the_layer_where_the_checkpoint_is_not_there(fault: str, tiny: Tiny, tmp_path: Path) -> None:
+    """By its own limits the bundle passes: both faults are seen only beside the weights, or beside a baseline."""
+    file, folder = tmp_path / "b.json", Path(shutil.copytree(tiny.bundle, tmp_path / "bundle"))
+    options = Options(threads=1, level="numerics", baseline=file)
+    assert run_gate(folder, replace(options, update=True)).passed
+    case = Case(tiny.repository, "rex", folder, tiny.other)
+    layer = quantised_layer(case, "conv")[1].name
+    inject(fault, case)
+    assert run_gate(folder, OPTIONS).passed
+    assert run_gate(folder, options).headline.startswith(f"FAILED rex/taq-w8a8: layer that moved first: {layer}; ")
 
 
 def test_the_bench_counts_faults_and_false_alarms_and_names_the_worse_layer(tiny: Tiny, tmp_path: Path) -> None:
