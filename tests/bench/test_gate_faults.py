@@ -58,15 +58,14 @@ def test_the_first_line_says_what_is_wrong(fault: str, tiny: Tiny, tmp_path: Pat
     assert NAMED[fault] in report.headline
 
 
-@pytest.mark.parametrize("fault", ["two channels swapped", "bias dropped"])
-def test_a_baseline_names_the_layer_where_the_checkpoint_is_not_there(fault: str, tiny: Tiny, tmp_path: Path) -> None:
-    """By its own limits the bundle passes: both faults are seen only beside the weights, or beside a baseline."""
+def test_a_baseline_names_the_layer_where_the_checkpoint_is_not_there(tiny: Tiny, tmp_path: Path) -> None:
+    """By its own limits the bundle passes: the fault is seen only beside the weights, or beside a baseline."""
     file, folder = tmp_path / "b.json", Path(shutil.copytree(tiny.bundle, tmp_path / "bundle"))
     options = Options(threads=1, level="numerics", baseline=file)
     assert run_gate(folder, replace(options, update=True)).passed
     case = Case(tiny.repository, "rex", folder, tiny.other)
     layer = quantised_layer(case, "conv")[1].name
-    inject(fault, case)
+    inject("bias dropped", case)
     assert run_gate(folder, OPTIONS).passed
     assert run_gate(folder, options).headline.startswith(f"FAILED rex/taq-w8a8: layer that moved first: {layer}; ")
 
