@@ -127,7 +127,10 @@ def decide_layer(
         tensors |= {f"{name}.low_rank_down": (down / factor[:, None]).astype(np.float16), f"{name}.low_rank_up": up}
     group = block_length(layer, width, activation)
     scale = weight_scale(rule, weight, qtype, group, f"{name}.weight")
-    integers, how = rounded(evidence, rule, name, weight, scale, vector, width)
+    key = (name, width, group, rank, rule.weight_scale, rule.balance, rule.rounding, rule.weighting)
+    if key not in evidence.decided:  # policies that differ in ranges, rows or float layers round alike
+        evidence.decided[key] = rounded(evidence, rule, name, weight, scale, vector, width)
+    integers, how = evidence.decided[key]
     stored = how != "nearest" or vector is not None or rank > 0 or group is not None
     tensors |= {f"{name}.weight_scale": scale} | ({f"{name}.weight_q": integers} if stored else {})
     spec = LayerSpec(
