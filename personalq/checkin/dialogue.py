@@ -20,7 +20,7 @@ from .decision import Candidate, Decision
 from .encoder import Encoder, shared_encoder
 from .explain import MAX_OPTIONS, explained_words, option_order, option_texts, question, reasons
 from .features import Evidence, gather
-from .index import Index, build_index, load_index, save_index
+from .index import Index, build_index, honest, load_index, save_index
 from .judge import MAX_CANDIDATES, Judge, Judgement
 from .rank import Model, fits_nothing, posterior, rivals, scores, shipped_model, with_judgement
 from .rewrite import rewrite
@@ -50,6 +50,7 @@ class Checkin:
         self._encoder = encoder or shared_encoder()
         self._model = model or shipped_model()
         self.cards: list[Card] = repository.cards()
+        self._honest = honest(self.cards)
         self.index = open_index(repository, self.cards, self._encoder)
 
     def ask(self, request: str, answers: Sequence[str] = (), *, judge: Judge | None = None) -> Decision:
@@ -66,7 +67,7 @@ class Checkin:
         return decided if belief.judgement is None else replace(decided, judged_by="llm")
 
     def _believe(self, request: str, judge: Judge | None) -> _Belief:
-        evidence = gather(request, self.cards, self.index, self._encoder)
+        evidence = gather(request, self._honest, self.index, self._encoder)
         p, none = posterior(scores(self._model, evidence))
         if judge is None or not len(p):
             return _Belief(evidence, p, none, None)
@@ -127,7 +128,7 @@ class Checkin:
             picked = np.full(len(p), 1e-6, np.float32)
             picked[column] = 1.0
             return np.asarray(picked / picked.sum(), np.float32)
-        said = gather(with_digits(answer), self.cards, self.index, self._encoder)
+        said = gather(with_digits(answer), self._honest, self.index, self._encoder)
         added = answer_scores(said, self.index.n_cards)[evidence.places]
         behind = np.minimum(np.log(p.max() / np.maximum(p, 1e-9)), _REACH)
         behind[open_] = 0.0  # what was asked about is as likely as the leader

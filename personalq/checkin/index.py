@@ -23,10 +23,11 @@ from .encoder import WIDTH, Encoder
 from .mapped import map_safetensors
 from .words import fold, grams, joined_pairs, split_term, terms, words
 
-VERSION = 5
+VERSION = 6
 FIELDS = ("name", "class", "tags", "triggers", "description", "source")
 _EXACT, _REFINED, _DIRECTIONS = 5000, 1000, 64
 _STUFFED = 10  # class nouns in one card's text
+_LONG, _REPEATED = 30, 5  # a description of more terms than that, each of them said five times on average
 _MAX_TERMS = 120  # per field; a card cannot buy attention with length
 
 
@@ -134,31 +135,33 @@ def documents(cards: Sequence[Card]) -> list[list[str]]:
     """Return the BM25 document of every card: all fields and the example prompts."""
     return [
         [t for field in fields for t in field] + terms(" ".join(card.example_prompts))[:_MAX_TERMS]
-        for card, fields in zip(cards, catalogue_fields(cards), strict=True)
+        for card, fields in zip(cards, map(card_fields, cards), strict=True)
     ]
 
 
-def catalogue_fields(cards: Sequence[Card]) -> Sequence[tuple[list[str], ...]]:
-    """Return ``card_fields`` of every card; tags and description of a card that names ten kinds of thing do not count.
+def honest(cards: Sequence[Card]) -> list[Card]:
+    """Return cards whose tags and description are left out where they are stuffed.
 
-    Nobody's checkpoint is a dog, a teapot and a guitar: such text is stuffed with words so that every request finds it.
+    Nobody's checkpoint is a dog, a teapot and a guitar: a text that names ten kinds of thing is there so that every
+    request finds it. So is text that says the same few words over and over.
     """
     nouns = {t for card in cards for t in terms(card.class_noun)}
-    found = []
-    for card in cards:
-        name, noun, tags, triggers, text, source = card_fields(card)
-        is_stuffed = len(nouns & {*tags, *text}) >= _STUFFED
-        found.append(
-            (name, noun, [], triggers, [], source) if is_stuffed else (name, noun, tags, triggers, text, source)
-        )
-    return found
+    plain = {"description": "", "tags": ()}
+    return [card.model_copy(update=plain) if _is_stuffed(card, nouns) else card for card in cards]
+
+
+def _is_stuffed(card: Card, nouns: set[str]) -> bool:
+    text = terms(card.description)[:_MAX_TERMS]
+    repeats = len(text) > _LONG and len(set(text)) * _REPEATED < len(text)
+    return repeats or len(nouns & {*text, *(t for tag in card.tags for t in terms(tag))}) >= _STUFFED
 
 
 def build_index(cards: Sequence[Card], encoder: Encoder, *, digest: str, old: Index | None = None) -> Index:
     """Build the index of ``cards``; the order of ids is the order given. Texts that ``old`` knows are not encoded again."""
+    cards = honest(cards)
     texts = documents(cards)
     vocabulary = {term: i for i, term in enumerate(sorted({t for text in texts for t in text}))}
-    fields = [[vocabulary[t] for t in dict.fromkeys(field)] for card in catalogue_fields(cards) for field in card]
+    fields = [[vocabulary[t] for t in dict.fromkeys(field)] for card in cards for field in card_fields(card)]
     seen = [set(t for part in fields[i : i + len(FIELDS)] for t in part) for i in range(0, len(fields), len(FIELDS))]
     df = np.bincount([t for some in seen for t in some], minlength=len(vocabulary)).astype(np.int64)
     phrases = _phrases(cards)

@@ -15,6 +15,11 @@ _SAME = re.compile(
     re.IGNORECASE,
 )
 _ASIDE = re.compile(r"\s*\band\s+(?:put|place|make|show|draw)\s+(?:him|her|it|them)\b", re.IGNORECASE)
+_DANGLING = re.compile(
+    r"\b(?:(?:turned|made|built|drawn|painted|knitted|carved)\s+)?(?:in|into|with|using|as|from|(?:out\s+)?of)\s+"
+    r"(?:an?\s+|the\s+)?(?:style|look)?\s*(?=$|[,.;])",
+    re.IGNORECASE,
+)
 _EDGE = re.compile(r"^[\s,;:.-]+|[\s,;:-]+$")
 
 
@@ -101,9 +106,7 @@ def _without_style(prompt: str, known: Set[str]) -> str:
     text = prompt
     for match in reversed(spans):
         text = text[: match.start()] + text[match.end() :]
-    text = re.sub(
-        r"\b(?:in|with|using|as)\s+(?:an?\s+|the\s+)?(?:style|look)?\s*(?=$|[,.;])", "", text, flags=re.IGNORECASE
-    )
+    text = _DANGLING.sub("", text)
     text = re.sub(r"^\s*(?:an?\s+|the\s+)?(?:style\s+|look\s+|art\s+)*of\s+", "", text, flags=re.IGNORECASE)
     return " ".join(text.split())
 

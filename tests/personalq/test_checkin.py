@@ -14,9 +14,11 @@ from rank_bm25 import BM25Okapi
 import personalq.checkin.dialogue as dialogue
 from personalq.card import Card, parse_card
 from personalq.checkin import Checkin, Decision, ask, index
+from personalq.checkin.answers import with_digits
 from personalq.checkin.bm25 import build_bm25
 from personalq.checkin.encoder import Encoder, shared_encoder
-from personalq.checkin.index import documents, load_index
+from personalq.checkin.features import gather
+from personalq.checkin.index import build_index, documents, honest, load_index
 from personalq.checkin.intent import families_in, parse_request, strip_command
 from personalq.checkin.rank import read_model
 from personalq.checkin.rewrite import rewrite
@@ -238,6 +240,11 @@ def test_a_model_fitted_for_other_features_is_refused() -> None:
         ("a fox in the style of Blueprint", "Blueprint", "a fox"),
         ("paper cutout style fox in the woods", "paper cutout", "fox in the woods"),
         ("a robot walking a dog", "a robot", "walking a dog"),
+        ("turn the street into wool, please", "wool", "the street  please"),
+        ("turn my dog into a knight", "my dog", "into a knight"),
+        ("castle built from beach sand", "beach sand", "castle"),
+        ("a neon sign that says OPEN", "a neon sign", "that says OPEN"),
+        ("write 'happy birthday' in the style of old letters", "old letters", "'happy birthday'"),
         (
             "Earlier: 'my red backpack'. Now: change it to floating in milk",
             "my red backpack",
@@ -248,6 +255,42 @@ def test_a_model_fitted_for_other_features_is_refused() -> None:
 def test_a_request_is_split_into_concept_and_scenery(text: str, head: str, scene: str) -> None:
     intent = parse_request(text)
     assert (intent.head, intent.scene.strip()) == (head, scene)
+
+
+def test_a_kind_of_thing_is_not_explained_by_the_thing(repository: Repository) -> None:
+    cards = [*CARDS, {"id": "alarm", "name": "clock", "kind": "lora", "trigger": ["sks"], "class_noun": "clock",
+                      "description": "A yellow alarm clock.", "tags": ["clock", "alarm clock"]}]  # fmt: skip
+    read = [parse_card(json.dumps(card), where="card")[0] for card in cards]
+    index_ = build_index(read, shared_encoder(), digest="")
+    evidence = gather("the cuckoo clock on a wall", read, index_, shared_encoder())
+    alarm = [read[place].id for place in evidence.places].index("alarm")
+    best = dict(zip(evidence.terms.texts, evidence.match[:, :, alarm].max(1), strict=True))
+    assert best["clock"] == 1.0 and best["cuckoo"] == 0.0
+
+
+def test_two_words_find_what_the_cards_write_as_one() -> None:
+    card = {"id": "p", "name": "PaperCut", "kind": "lora", "trigger": [], "class_noun": "style", "tags": ["papercut"]}
+    read = [parse_card(json.dumps(card), where="card")[0]]
+    evidence = gather("paper cutout fox", read, build_index(read, shared_encoder(), digest=""), shared_encoder())
+    best = dict(zip(evidence.terms.texts, evidence.match[:, :, 0].max(1), strict=True))
+    assert best["paper"] == best["cutout"] == 1.0 and best["fox"] == 0.0
+
+
+def test_stuffed_text_does_not_count() -> None:
+    nouns = "dog cat mug bag car robot teapot vase guitar lamp chair"
+    things = [{"id": noun, "name": noun, "kind": "lora", "trigger": [], "class_noun": noun} for noun in nouns.split()]
+    stuffed = {"id": "all", "name": "x", "kind": "lora", "trigger": [], "tags": nouns.split()}
+    echoing = {"id": "echo", "name": "x", "kind": "lora", "trigger": [], "description": "dog photo " * 20}
+    plain = {"id": "plain", "name": "x", "kind": "lora", "trigger": [], "description": "My dog.", "tags": ["dog"]}
+    read = [parse_card(json.dumps(card), where="card")[0] for card in (*things, stuffed, echoing, plain)]
+    found = {card.id: card for card in honest(read)}
+    assert found["all"].tags == () and found["echo"].description == ""
+    assert found["plain"].tags == ("dog",) and found["plain"].description == "My dog."
+
+
+def test_version_one_in_an_answer_is_a_number() -> None:
+    assert with_digits("Version one, please") == "Version 1, please"
+    assert with_digits("the brown one") == "the brown one"
 
 
 def test_orders_are_removed_and_families_are_found() -> None:
