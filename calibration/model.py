@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
@@ -61,9 +62,24 @@ def _load_whole(pipe: StableDiffusionPipeline, folder: Path) -> None:
 
 
 def _load_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    pipe.load_lora_weights(folder, weight_name=_only(folder, "*.safetensors").name)
+    file = _only(folder, "*.safetensors")
+    refuse_partly_loaded(file)
+    pipe.load_lora_weights(folder, weight_name=file.name)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
+
+
+def refuse_partly_loaded(file: Path) -> None:
+    """Raise RepositoryError for a DoRA whose lengths diffusers 0.42.1 drops: kohya's, and those of a text encoder."""
+    with safe_open(file, "np") as tensors:
+        keys = tensors.keys()
+    names = [name for name in keys if "lora_magnitude_vector" in name or "dora_scale" in name]
+    dropped = [n for n in names if not n.endswith(".lora_magnitude_vector") or n.startswith("text_encoder")]
+    if dropped:
+        raise RepositoryError(
+            f"{file}: must be a DoRA that diffusers loads whole, got lengths it drops ({dropped[0]}); "
+            "export it with --spec fp16, or merge it into a full checkpoint"
+        )
 
 
 def _load_tokens(pipe: StableDiffusionPipeline, folder: Path) -> None:

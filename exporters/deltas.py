@@ -1,8 +1,9 @@
-"""What a LoRA, Custom-Diffusion or Textual-Inversion file does to a base: one edit per parameter, from headers alone.
+"""What a LoRA, DoRA, Custom-Diffusion or Textual-Inversion file does to a base: one edit per parameter, from headers alone.
 
 The names are those diffusers 0.42 and kohya-ss write. Nothing is read but headers and the small `.alpha` tensors until
-an edit is applied. Formulas: LoRA (Hu et al. 2021) W' = W + alpha/r * up @ down; Custom Diffusion (Kumari et al. 2022)
-replaces K and V of cross-attention; Textual Inversion (Gal et al. 2022) appends rows to the token embedding.
+an edit is applied. Formulas: LoRA (Hu et al. 2021) W' = W + alpha/r * up @ down; DoRA (Liu et al. 2024) m * W' / |W'|;
+Custom Diffusion (Kumari et al. 2022) replaces K and V of cross-attention; Textual Inversion (Gal et al. 2022) appends
+rows to the token embedding.
 """
 
 from __future__ import annotations
@@ -51,6 +52,28 @@ class LowRank:
         down, up = (self.file.read(name).astype(np.float32) for name in (self.down, self.up))
         product = up.reshape(up.shape[0], -1) @ down.reshape(down.shape[0], -1)
         return np.asarray(base, np.float32) + np.float32(self.scale) * product.reshape(base.shape)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """m * V / |V|, V the merged weight: DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5), in float32.
+
+    name: the lengths m, one for each index of `axis` (0: each output, as peft has it); |V| is taken over all other axes.
+    """
+
+    merged: LowRank
+    name: str
+    axis: int
+
+    def shape(self, base: tuple[int, ...]) -> tuple[int, ...]:
+        return base
+
+    def apply(self, base: Array) -> Float:
+        weight = self.merged.apply(base)
+        others = tuple(axis for axis in range(weight.ndim) if axis != self.axis)
+        norm = np.sqrt(np.square(weight).sum(axis=others, keepdims=True))
+        length = self.merged.file.read(self.name).astype(np.float32).reshape(norm.shape)
+        return weight * np.divide(length, norm, out=np.zeros_like(norm), where=norm > 0)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""LoRA files to edits: the spellings of diffusers 0.42, peft and kohya-ss, UNet and text encoders, Linear and Conv2d.
+"""LoRA and DoRA files to edits: the spellings of diffusers 0.42, peft and kohya-ss, UNet and text encoders, Linear and Conv2d.
 
-W' = W + alpha/r * up @ down (Hu et al. 2021). Only headers and the small `.alpha` tensors are read here.
+W' = W + alpha/r * up @ down (Hu et al. 2021); DoRA (Liu et al. 2024) then gives every output the length the file says.
+Only headers and the small `.alpha` tensors are read here.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from personalq.errors import RepositoryError
 from personalq.layouts import UNET, places
 
-from .deltas import ANOTHER_BASE, Added, Delta, LowRank, Shapes, unmatched
+from .deltas import ANOTHER_BASE, Added, Delta, Edit, LowRank, Scaled, Shapes, unmatched
 from .tensorfile import TensorFile
 
 # LoRA spellings, longest first: (ending of the key, which half it is). `X` is then the module's name.
@@ -29,6 +31,9 @@ _HALVES = {
     "_lora.down.weight": "down",
     "_lora.up.weight": "up",
     ".lora_B.bias": "bias",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector": "magnitude",
+    ".dora_scale": "dora_scale",
     ".alpha": "alpha",
 }
 # What old attention processors called the projections of a text encoder.
@@ -54,8 +59,6 @@ def lora_edits(file: TensorFile, shapes: Mapping[str, Shapes], delta: Delta) -> 
             unknown.append(key)
         else:
             modules.setdefault(module, {})[half] = key
-    if any("dora_scale" in key or "lora_magnitude_vector" in key for key in unknown):
-        raise _dora(file)
     if unknown:
         raise unmatched(file, unknown)
     for module, halves in modules.items():
@@ -77,13 +80,32 @@ def _put_module(
         got = f"up {list(up)} @ down {list(down)}"
         raise RepositoryError(f"{where}: must fit the base's {list(base)}, got {got}; {ANOTHER_BASE}")
     scale = _scale(file, module, halves, down[0], metadata)
-    delta.put(module.component, parameter, LowRank(file, halves["down"], halves["up"], scale))
+    merged = LowRank(file, halves["down"], halves["up"], scale)
+    delta.put(module.component, parameter, _scaled(where, file, halves, base, merged))
     if "bias" in halves:
         if shapes.get(f"{module.name}.bias") != file.shape(halves["bias"]):
             raise RepositoryError(
                 f"{where}: LoRA bias must fit the base's bias, got {list(file.shape(halves['bias']))}; {ANOTHER_BASE}"
             )
         delta.put(module.component, f"{module.name}.bias", Added(file, halves["bias"], scale))
+
+
+def _scaled(where: str, file: TensorFile, halves: dict[str, str], base: tuple[int, ...], merged: LowRank) -> Edit:
+    """The merged weight with its lengths, for a DoRA; without them as it is.
+
+    peft has one length an output. `dora_scale` (LyCORIS) has (out, 1, ...), or (1, in, ...) when it was trained per input.
+    """
+    name = halves.get("magnitude") or halves.get("dora_scale")
+    if name is None:
+        return merged
+    shape = file.shape(name)
+    per_input = "dora_scale" in halves and shape[:1] == (1,) and shape[1:2] == base[1:2] and base[0] != 1
+    axis = 1 if per_input else 0
+    if prod(shape) != base[axis]:
+        raise RepositoryError(
+            f"{where}: DoRA lengths must fit the base's {list(base)}, got {list(shape)}; {ANOTHER_BASE}"
+        )
+    return Scaled(merged, name, axis)
 
 
 def _scale(file: TensorFile, module: _Module, halves: dict[str, str], rank: int, metadata: dict[str, object]) -> float:
@@ -128,15 +150,13 @@ def _adapter_metadata(file: TensorFile) -> dict[str, object]:
         raise RepositoryError(
             f"{file.path.name}: lora_adapter_metadata must be a JSON object, got {text!r:.60}; save it again"
         )
-    if any(key.endswith("use_dora") and value for key, value in metadata.items()):
-        raise _dora(file)
+    is_dora = any(key.endswith("use_dora") and value for key, value in metadata.items())
+    if is_dora and not any(
+        name.endswith((".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight"))
+        for name in file.names()
+    ):
+        raise RepositoryError(f"{file.path.name}: a DoRA must hold its lengths, got none; save the LoRA again")
     return metadata
-
-
-def _dora(file: TensorFile) -> RepositoryError:
-    return RepositoryError(
-        f"{file.path.name}: must be a plain LoRA, got DoRA magnitudes; merge it into a full checkpoint and add that"
-    )
 
 
 def _lora_module(key: str, shapes: Mapping[str, Shapes], kohya: dict[str, _Module]) -> tuple[_Module | None, str]:

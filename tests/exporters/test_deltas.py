@@ -125,6 +125,11 @@ LORAS = {
         "text": None,
         "metadata": True,
     },
+    "DoRA, convolutions too": {
+        "unet": {"r": 4, "lora_alpha": 7, "target_modules": WITH_CONVOLUTIONS, "use_dora": True},
+        "text": None,
+        "metadata": True,
+    },
 }
 
 
@@ -325,12 +330,88 @@ def test_half_a_lora_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     assert "must have both LoRA halves, got down" in refused(tiny_base, tmp_path, "lora")
 
 
-def test_dora_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_dora_of_the_text_encoder_is_merged_as_peft_merges_it(tiny_base: Path, tmp_path: Path) -> None:
+    """Held against peft itself: diffusers 0.42.1 leaves the lengths of a text encoder at those of the base."""
+    model = load(tiny_base).text_encoder
+    config = {"r": 2, "lora_alpha": 6, "target_modules": TEXT, "use_dora": True, "init_lora_weights": "gaussian"}
+    model.add_adapter(LoraConfig(**config))
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    state = {f"text_encoder.{key}": value for key, value in get_peft_model_state_dict(model).items()}
+    metadata = {"text_encoder.r": 2, "text_encoder.lora_alpha": 6, "text_encoder.use_dora": True}
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(state, file, metadata={"lora_adapter_metadata": json.dumps(metadata)})
+    ours, merged = open_weights(tiny_base, tmp_path, "lora").component("text_encoder"), 0
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_magnitude_vector"):
+            layer.merge()
+            found = ours.read(f"{name}.weight")
+            assert np.abs(found - layer.base_layer.weight.detach().numpy()).max() <= TOLERANCE, name
+            merged += 1
+    assert merged == len(ours.changed) == 10
+
+
+DORA = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+@pytest.mark.parametrize("key", ["lora_magnitude_vector", "dora_scale"])
+def test_dora_lengths_that_do_not_fit_are_refused(tiny_base: Path, tmp_path: Path, key: str) -> None:
     make_lora(tiny_base, tmp_path, **LORAS["attention only, alpha is the rank"])
     file = tmp_path / "pytorch_lora_weights.safetensors"
-    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_magnitude_vector"
-    save_file(load_file(file) | {name: torch.ones(64)}, file)
-    assert "must be a plain LoRA, got DoRA magnitudes" in refused(tiny_base, tmp_path, "lora")
+    save_file(load_file(file) | {f"{DORA}.{key}": torch.ones(63)}, file)
+    text = refused(tiny_base, tmp_path, "lora")
+    assert "attn2.to_k: DoRA lengths must fit the base's [64, 32], got [63]; this delta was made for another" in text
+
+
+@pytest.mark.parametrize("key", [f"{DORA}.dora_scale", "text_encoder.encoder.layers.0.q_proj.lora_magnitude_vector"])
+def test_calibrate_refuses_a_dora_whose_lengths_diffusers_drops(tmp_path: Path, key: str) -> None:
+    from calibration.model import refuse_partly_loaded
+
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({f"{DORA}.lora_magnitude_vector": torch.ones(64)}, file)
+    refuse_partly_loaded(file)
+    save_file({key: torch.ones(64)}, file)
+    with pytest.raises(
+        RepositoryError, match=r"must be a DoRA that diffusers loads whole, .* with --spec fp16, or merge"
+    ):
+        refuse_partly_loaded(file)
+
+
+def test_a_dora_that_lost_its_lengths_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    make_lora(tiny_base, tmp_path, **LORAS["attention only, alpha is the rank"])
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    config = {"unet.r": 4, "unet.lora_alpha": 4, "unet.use_dora": True}
+    save_file(load_file(file), file, metadata={"lora_adapter_metadata": json.dumps(config)})
+    assert "a DoRA must hold its lengths, got none; save the LoRA again" in refused(tiny_base, tmp_path, "lora")
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["per output", "per input"])
+def test_dora_scale_is_merged_as_lycoris_does(tiny_base: Path, tmp_path: Path, axis: int) -> None:
+    """LyCORIS: dora_scale / norm(weight) * weight, the norm over all axes but the one dora_scale lies along."""
+    torch.manual_seed(4)
+    state, wanted = {}, {}
+    plain = open_weights(tiny_base, None, "base").component("unet")
+    for name in ("mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "mid_block.resnets.0.conv1"):
+        weight = torch.tensor(np.array(plain.read(f"{name}.weight")))
+        down = torch.randn(4, *weight.shape[1:]) * 0.1
+        up = torch.randn(weight.shape[0], 4, *[1] * (weight.ndim - 2)) * 0.1
+        side = [1] * weight.ndim
+        side[axis] = weight.shape[axis]
+        scale = torch.rand(side) + 0.5
+        flat = f"lora_unet_{name.replace('.', '_')}"
+        state |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up, f"{flat}.dora_scale": scale}
+        state[f"{flat}.alpha"] = torch.tensor(2.0)
+        merged = weight + 0.5 * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+        turned = merged.transpose(0, axis)
+        norm = turned.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1)).transpose(0, axis)
+        wanted[f"{name}.weight"] = merged * (scale / norm)
+    save_file(state, tmp_path / "dora.safetensors")
+    ours = open_weights(tiny_base, tmp_path, "lora").component("unet")
+    assert ours.changed == set(wanted)
+    for name, value in wanted.items():
+        assert np.abs(ours.read(name) - value.numpy()).max() <= TOLERANCE, name
 
 
 def test_a_regular_expression_as_alpha_pattern_is_refused(tiny_base: Path, tmp_path: Path) -> None:
