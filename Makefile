@@ -1,5 +1,6 @@
 # make demo    a request becomes a picture, compressed beside uncompressed, in demo-out/
 # make test    the tests                    make lint    ruff and mypy
+# make test-optimum   what export --layout optimum writes, in the real optimum, which has an environment of its own
 # make gate    two gallery checkpoints against gallery/gate/baselines.json
 # make check   lint, then tests             make clean   what the others made, .venv too
 #
@@ -18,7 +19,12 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 STAMP := .venv/installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test lint gate check clean install
+# optimum pins an older transformers than ours, so it cannot live in .venv.
+OPTIMUM := .venv-optimum
+OPTIMUM_LIST := tests/optimum/constraints.txt
+OPTIMUM_STAMP := $(OPTIMUM)/installed-$(shell cat pyproject.toml $(OPTIMUM_LIST) | cksum | cut -d' ' -f1)
+
+.PHONY: demo test test-optimum lint gate check clean install
 .DEFAULT_GOAL := check
 
 demo: install
@@ -26,6 +32,9 @@ demo: install
 
 test: install
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST)
+
+test-optimum: install $(OPTIMUM_STAMP)
+	$(TEST_ENV) PERSONALQ_OPTIMUM_PYTHON=$(OPTIMUM)/bin/python $(BIN)/python -m pytest -q tests/exporters/test_optimum.py
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -50,5 +59,13 @@ $(STAMP):
 	@rm -f .venv/installed-*
 	@touch $@
 
+$(OPTIMUM_STAMP):
+	@test -x $(OPTIMUM)/bin/python || $(PYTHON) -m venv $(OPTIMUM) || { \
+		echo "make: cannot make $(OPTIMUM); install Python's venv module (Debian, Ubuntu: python3-venv)" >&2; exit 1; }
+	$(OPTIMUM)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OPTIMUM_LIST) $(TORCH_PIP) torch
+	$(OPTIMUM)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OPTIMUM_LIST) -e '.[cpu,optimum]'
+	@rm -f $(OPTIMUM)/installed-*
+	@touch $@
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(OUT)
+	rm -rf .venv $(OPTIMUM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(OUT)

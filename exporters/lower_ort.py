@@ -5,6 +5,7 @@ QLinearConv only when its output is quantised too; a Linear is MatMul + Add, nev
 optimiser that must stay off). Attention products stay float: they are faster so, and trigger attention stays exact.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -35,8 +36,11 @@ class Lowered:
     unquantised: dict[str, str] = field(default_factory=dict)
 
 
-def lower_unet(model: ir.Model, spec_file: SpecFile) -> Lowered:
-    """Apply a spec to the family's UNet graph (edited in place). Raises SpecError when the two do not fit."""
+def lower_unet(model: ir.Model, spec_file: SpecFile, entrance: Callable[[ir.Model], None] | None = None) -> Lowered:
+    """Apply a spec to the family's UNet graph (edited in place). Raises SpecError when the two do not fit.
+
+    entrance: what takes the place of the input `rows`; None: text rows in storage form, or `rows` itself in a reference.
+    """
     spec = spec_file.spec
     split_gemms(model)
     layers = layers_of(model, spec)
@@ -50,8 +54,11 @@ def lower_unet(model: ir.Model, spec_file: SpecFile) -> Lowered:
             lowered.unquantised[name] = decision.reason
             continue
         lowered.tensors += _quantise(model, layer, decision, spec_file, quantised)
-    if not spec.is_float:  # the reference stays as it was traced
+    if entrance is not None:
+        entrance(model)
+    elif not spec.is_float:
         assemble_rows(model, spec.rows.layers, spec.rows.kept.slots)
+    if not spec.is_float:  # the reference stays as it was traced
         fuse_attention(model)
     if spec.corrected:
         correct_prediction(model, spec_file.tensors["correction.gain"], spec_file.tensors["correction.mean"])
@@ -105,10 +112,10 @@ def _dequantised(build: Builder, layer: LayerNode, weight: ir.Value, scale: Arra
 
 
 def tuned(tensor: StoredTensor, spec_file: SpecFile) -> StoredTensor:
-    """The tensor with the spec's values in place of the checkpoint's, where calibration tuned it."""
+    """The tensor with the spec's values in place of the checkpoint's, in its own type, where calibration tuned it."""
     if tensor.name not in spec_file.spec.tuned:
         return tensor
-    values = spec_file.tensors[f"{tensor.name}.tuned"].astype(np.float32)
+    values = spec_file.tensors[f"{tensor.name}.tuned"].astype(tensor.dtype.numpy())
     return replace(tensor, given=values)
 
 

@@ -5,8 +5,6 @@ for RTX 1.7.1: docs/tensorrt.md): symmetric constant scales in the type of their
 attention left alone. The node of every layer bears the layer's name, so that a builder's report can be held against the spec.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -18,7 +16,7 @@ from .adjust_pass import add_low_rank, balance, correct_prediction
 from .census import count, layer_kinds, require_equal
 from .half_pass import HALF, to_half
 from .layers_pass import LayerNode, layers_of, split_gemms
-from .lower_ort import STORAGE, Lowered, integer_weight
+from .lower_ort import STORAGE, Lowered, integer_weight, tuned
 from .nodes import Builder, add_initializer
 from .rows_pass import assemble_rows
 from .store import Array, StoredTensor, as_float
@@ -57,7 +55,7 @@ def lower_unet_trt(model: ir.Model, spec_file: SpecFile) -> Lowered:
         correct_prediction(model, spec_file.tensors["correction.gain"], spec_file.tensors["correction.mean"])
     RemoveUnusedNodesPass()(model)
     floats = _floats(model, {tensor.name for tensor in lowered.tensors}, dtype)
-    lowered.tensors += [_tuned(tensor, spec_file) for tensor in floats]
+    lowered.tensors += [tuned(tensor, spec_file) for tensor in floats]
     model.graph.sort()
     require_equal(model, spec.layers, "trt")
     lowered.census = count(layer_kinds(model).values())
@@ -185,14 +183,6 @@ class _Layer:
             scale = np.repeat(scale.reshape(-1, 1), k // block, axis=1)
         blocks = self._constant(np.ascontiguousarray(scale.T), "weight_scale")
         return self.build("DequantizeLinear", weight, blocks, axis=0, block_size=block)
-
-
-def _tuned(tensor: StoredTensor, spec_file: SpecFile) -> StoredTensor:
-    """The tensor with the spec's values in place of the checkpoint's, in its own type, where calibration tuned it."""
-    if tensor.name not in spec_file.spec.tuned:
-        return tensor
-    values = spec_file.tensors[f"{tensor.name}.tuned"].astype(tensor.dtype.numpy())
-    return replace(tensor, given=values)
 
 
 def _block(k: int) -> int:

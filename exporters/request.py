@@ -19,6 +19,7 @@ from .build_tensorrt import GRAPH, MODULES, build_plan, require
 from .export import ExportResult, export_checkpoint
 from .family import open_family
 from .lint import lint_trt
+from .optimum import OptimumResult, refuse_existing, write_optimum
 from .plain import STORAGES, unquantised_spec
 from .store import Report, silent
 
@@ -49,15 +50,32 @@ def export_request(
             raise EngineError(f"target: must be one that this version makes ({made}), got {target!r}; leave it out")
         if target in MODULES:
             require(target)
-    if spec is not None and str(spec) in STORAGES and not spec.is_file():
-        spec = reference_spec(repository, checkpoint_id, str(spec), progress)
-    result = export_checkpoint(repository, checkpoint_id, spec or last_spec(repository, checkpoint_id), progress)
+    result = export_checkpoint(
+        repository, checkpoint_id, meant_spec(repository, checkpoint_id, spec, progress), progress
+    )
     for target in (one for one in targets if one in MODULES):
         built = build_plan(result.bundle, repository.root / TIMING, target, chosen, lambda text: progress(text, 0.95))
         for line in built.mismatches or ():
             logger.warning("%s: %s", target, line)
         result = replace(result, engines=(*result.engines, built.engine.manifest.key))
     return result
+
+
+def optimum_request(
+    repository: Repository, checkpoint_id: str, spec: Path | None, folder: Path, progress: Report = silent
+) -> OptimumResult:
+    """Write the folder that Hugging Face optimum loads; `spec` as in `export_request`. Raises what `write_optimum` does."""
+    refuse_existing(folder)
+    return write_optimum(
+        repository, checkpoint_id, meant_spec(repository, checkpoint_id, spec, progress), folder, progress
+    )
+
+
+def meant_spec(repository: Repository, checkpoint_id: str, spec: Path | None, progress: Report = silent) -> Path:
+    """The spec's file: `spec` itself, the reference of that name, or the one that was calibrated last."""
+    if spec is not None and str(spec) in STORAGES and not spec.is_file():
+        return reference_spec(repository, checkpoint_id, str(spec), progress)
+    return spec or last_spec(repository, checkpoint_id)
 
 
 def lint_result(result: ExportResult) -> tuple[dict[str, Any], list[str], int]:

@@ -37,6 +37,29 @@ def write_tokenizers(base_dir: Path, weights: CheckpointWeights, folder: Path) -
     )
 
 
+def write_tokenizer_folders(base_dir: Path, weights: CheckpointWeights, folder: Path) -> list[str]:
+    """Write every tokenizer of the base as transformers reads it, learned tokens in it; return the folders' names.
+
+    vocab.json and merges.txt are what transformers 4's CLIPTokenizer wants; transformers 5 writes tokenizer.json alone.
+    """
+    names = [name for name in ("tokenizer", "tokenizer_2") if (base_dir / name).is_dir()]
+    for name in names:
+        place = folder / name
+        place.mkdir()
+        _write(base_dir, name, weights, place / "tokenizer.json")
+        whole = json.loads((place / "tokenizer.json").read_text())
+        model, tokens = whole["model"], {str(token.pop("id")): token for token in whole["added_tokens"]}
+        merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+        (place / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+        (place / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+        file = base_dir / name / "tokenizer_config.json"
+        config = json.loads(file.read_text()) if file.is_file() else {}
+        config |= {"tokenizer_class": "CLIPTokenizer", "added_tokens_decoder": tokens}
+        config |= {f"{kind}_token": token for kind, token in _special_tokens(base_dir / name).items()}
+        (place / "tokenizer_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    return names
+
+
 def _write(base_dir: Path, name: str, weights: CheckpointWeights, path: Path) -> dict[str, int]:
     """One tokenizer with the checkpoint's learned tokens -> its begin, end and pad ids."""
     from tokenizers import Tokenizer

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .work import Work
 
 
-ONE_ONLY = ("lint", "triton")
+ONE_ONLY = ("lint", "triton", "layout", "out")
+BUNDLE_ONLY = ("targets", "settings", "lint", "triton", "store")
 MANY_ONLY = ("workers", "threads", "memory_mb", "retries", "verify", "on", "address", "gpus")
 OF_RAY = ("address", "gpus")
 
@@ -52,7 +53,8 @@ def _refuse_given(names: tuple[str, ...], goes_with: str) -> None:
     context = click.get_current_context()
     given = [name for name in names if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE]
     if given:
-        raise click.UsageError(f"--{given[0].replace('_', '-')} goes with {goes_with}")
+        flag = next(one.opts[0] for one in context.command.params if one.name == given[0])
+        raise click.UsageError(f"{flag} goes with {goes_with}")
 
 
 def _one(
@@ -65,8 +67,12 @@ def _one(
     lint: str | None,
     triton: Path | None,
     store: str,
+    layout: str | None,
+    out: Path | None,
     **_: Any,
 ) -> Result:
+    if layout is not None or out is not None:
+        return _layout(repository, id_, spec, layout, out)
     repository.checkpoint_dir(id_)
     from exporters.request import export_request, lint_result
 
@@ -81,6 +87,19 @@ def _one(
         Remote(store).publish(made.bundle, repository.card(id_))
         published = {"store": store}
     return Result({**asdict(made), "bundle": str(made.bundle), **_triton(made.bundle, triton), **published})
+
+
+def _layout(repository: "Repository", id_: str, spec: Path | None, layout: str | None, out: Path | None) -> Result:
+    """A folder for somebody else's pipeline, in place of a bundle."""
+    if layout is None or out is None:
+        raise click.UsageError("--layout and --out go together")
+    _refuse_given(BUNDLE_ONLY, "a bundle, which --layout does not write")
+    repository.checkpoint_dir(id_)
+    from exporters.request import optimum_request
+
+    with progress() as report:
+        made = optimum_request(repository, id_, spec, out, report)
+    return Result({"layout": layout, **asdict(made), "folder": str(made.folder)})
 
 
 def _triton(bundle: Path, place: Path | None) -> dict[str, list[str]]:

@@ -28,6 +28,8 @@ _EXPORTING = (
     click.option("--lint", type=click.Choice(["trt"]), help="Say what a TensorRT builder would not take."),
     click.option("--store", default="", metavar="URL", help="Also publish to a store: s3://bucket/place, file:///..."),
     click.option("--triton", type=_FILE, metavar="DIR", help="Also write Triton models into DIR: docs/triton.md."),
+    click.option("--layout", type=click.Choice(["optimum"]), help="Write a folder for another pipeline into --out."),
+    click.option("--out", type=_FILE, help="The new folder of --layout."),
 )
 _FLEET = (
     click.option("--all", "every", is_flag=True, help="Every checkpoint with weights: calibrate, export, verify."),

@@ -21,6 +21,16 @@ def _weights(view: View, *operators: str) -> Iterator[tuple[ir.Node, ir.Node, ir
             yield node, weight.dequantize, weight.value, view.activation(node)
 
 
+def _weight_only(view: View, *operators: str) -> Iterator[tuple[ir.Node, ir.Node, ir.Value]]:
+    """Products of integer weights with a float input: (product, DequantizeLinear, integers)."""
+    return (found[:3] for found in _weights(view, *operators) if found[3] is None)
+
+
+def _under_int8(view: View, *operators: str) -> Iterator[tuple[ir.Node, ir.Node, ir.Value]]:
+    """Products of integer weights with a quantised input: (product, DequantizeLinear, integers)."""
+    return (found[:3] for found in _weights(view, *operators) if found[3] is not None)
+
+
 def channel_activations(view: View) -> Iterator[Problem]:
     for node in view.nodes("QuantizeLinear"):
         scale = view.shape(node.inputs[1])
@@ -100,43 +110,34 @@ def wide_attention(view: View) -> Iterator[Problem]:
 
 def unfused_blocks(view: View) -> Iterator[Problem]:
     """int4 over one block as long as K, or per channel, is unpacked to float16 by a kernel of its own at every run."""
-    for node, dequantize, integers, activation in _weights(view, "MatMul", "Gemm"):
-        if view.type(integers) != D.INT4 or activation is not None:
-            continue
+    for node, dequantize, integers in _weight_only(view, "MatMul", "Gemm"):
         scale, data = view.shape(dequantize.inputs[1]), view.shape(integers)
-        if scale is None or data is None or (len(scale) > 1 and scale != data and 1 not in scale):
+        if view.type(integers) != D.INT4 or scale is None or data is None:
             continue
-        yield (
-            str(node.name),
-            f"int4 weights without blocks shorter than K (scales {scale}): not fused",
-            "use blocks of 64 or 128",
-        )
+        if len(scale) < 2 or scale == data or 1 in scale:
+            what = f"int4 weights without blocks shorter than K (scales {scale}): not fused"
+            yield str(node.name), what, "use blocks of 64 or 128"
 
 
 def expanded_convolutions(view: View) -> Iterator[Problem]:
-    for node, _, integers, activation in _weights(view, "Conv"):
-        if activation is None:
-            got = view.types[integers].name
-            yield (
-                str(node.name),
-                f"{got} weights without int8 activations are unpacked at every run",
-                "quantise its input too",
-            )
+    for node, _, integers in _weight_only(view, "Conv"):
+        what = f"{view.types[integers].name} weights without int8 activations are unpacked at every run"
+        yield str(node.name), what, "quantise its input too"
 
 
 def narrow_convolutions(view: View) -> Iterator[Problem]:
-    for node, _, integers, activation in _weights(view, "Conv"):
+    for node, _, integers in _under_int8(view, "Conv"):
         shape = view.shape(integers)
-        if activation is not None and shape is not None and min(shape[:2]) < _NARROW:
+        if shape is not None and min(shape[:2]) < _NARROW:
             what = f"int8 convolution over {shape[1]} and {shape[0]} channels"
             yield str(node.name), f"{what}: TensorRT has no fast kernel below {_NARROW}", "leave it in float16"
 
 
 def channel_scales(view: View) -> Iterator[Problem]:
     """TensorRT for RTX writes such a product before the channel scale: value / scale, in float16 for a matrix product."""
-    for node, dequantize, integers, activation in _weights(view, "Conv", "MatMul", "Gemm"):
+    for node, dequantize, integers in _under_int8(view, "Conv", "MatMul", "Gemm"):
         scale = view.constant(dequantize.inputs[1])
-        if activation is None or scale is None or scale.size < 2 or view.type(integers) not in (D.INT8, D.INT4):
+        if scale is None or scale.size < 2 or view.type(integers) not in (D.INT8, D.INT4):
             continue
         where = "writes float32" if node.op_type == "Conv" else "can overflow float16"
         fix = "use one scale for the weight and multiply the product by each channel's factor"
