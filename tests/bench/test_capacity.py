@@ -76,6 +76,12 @@ def make_bundle(folder: Path) -> Path:
     return folder
 
 
+def test_a_wait_that_no_number_of_replicas_keeps_is_said() -> None:
+    slow = Costs(bytes=100e6, load_s=8.0, draw_s=2.0)
+    row = smallest(Demand(5000, 1.0, 0.5), slow, 1, 2.0, routed=False)
+    assert row["is_kept"] is False and row["p95_wait_s"] > 2.0
+
+
 def test_equal_files_are_counted_once_where_they_are_one(tmp_path: Path) -> None:
     first, second = make_bundle(tmp_path / "a"), make_bundle(tmp_path / "b")
     apart = storage([first, second])
