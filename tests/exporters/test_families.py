@@ -1,75 +1,43 @@
 """Stable Diffusion 1.x, 2.x and XL: traced, exported and run without torch, each equals diffusers; others are refused."""
 
+import copy
 import json
 import shutil
+import subprocess
+import sys
 import warnings
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
+from onnx import numpy_helper
 
-from exporters.export import export_checkpoint
+from exporters.build_settings import BuildSettings, input_shapes
+from exporters.build_tensorrt import with_other_inputs
+from exporters.census import spec_kinds
+from exporters.engine_layers import from_aot, mismatches, table
 from exporters.family import open_family
+from exporters.lint import lint_trt
 from exporters.plain import unquantised_spec
+from personalq.bundle import read_manifest
 from personalq.errors import RepositoryError, SpecError
-from personalq.identity import read_configs, weights_sha256
+from personalq.identity import read_configs
 from personalq.repository import Repository
-from runtime.engine import OrtEngine
-from runtime.pipeline import Pipeline, start_noise
+from personalq.spec import SpecFile
+from runtime.pipeline import start_noise
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'personalq[export]'")
-from tests.exporters import architectures  # noqa: E402  (needs torch)
+from tests.exporters.families import Made  # noqa: E402  (needs torch)
+from tests.exporters.test_policies import SpecLayer  # noqa: E402
 
 NAMES = ("sd1", "sd2", "sdxl")
 # FP32 on both sides, sums in another order.
 TOLERANCE = 1e-4
 PROMPT = "a red mug on the beach! sks"
-
-
-@dataclass
-class Made:
-    """One architecture: its pipeline as diffusers runs it, its repository, and the bundle of checkpoint 'rex'."""
-
-    name: str
-    root: Path
-
-    @cached_property
-    def pipe(self) -> Any:
-        pipe = getattr(architectures, self.name)()
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    @cached_property
-    def repository(self) -> Repository:
-        """bases/tiny and two checkpoints of it: 'rex' is the base's own UNet, 'max' another one."""
-        self.pipe.save_pretrained(self.root / "bases" / "tiny")
-        for name, seed in (("rex", 0), ("max", 1)):
-            folder = self.root / "checkpoints" / name
-            unet = self.pipe.unet if seed == 0 else getattr(architectures, self.name)(seed).unet
-            unet.save_pretrained(folder / "unet")
-            card = {"id": name, "name": name, "kind": "dreambooth", "base": "tiny", "trigger": ["sks"]}
-            (folder / "card.json").write_text(json.dumps(card))
-        return Repository.open(self.root)
-
-    def export(self, checkpoint: str = "rex", repository: Repository | None = None) -> Path:
-        repository = repository or self.repository
-        base = repository.base_dir(repository.card(checkpoint))
-        family = open_family(repository.root / "families", base)
-        sha256 = weights_sha256(base, repository.checkpoint_dir(checkpoint))
-        spec = unquantised_spec(family, checkpoint, sha256, "fp32")
-        path = spec.write(repository.root / "specs" / checkpoint / "fp32.json")
-        return export_checkpoint(repository, checkpoint, path).bundle
-
-    @cached_property
-    def bundle(self) -> Path:
-        return self.export()
-
-    @cached_property
-    def pipeline(self) -> Pipeline:
-        return Pipeline(OrtEngine(self.bundle, threads=1))
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -103,19 +71,23 @@ def test_the_unet_equals_torch_at_any_batch_height_and_width(made: Made, batch: 
     rows = made.pipeline.rows(PROMPT).conditioning
     tiled = {name: np.repeat(value, batch, axis=0) for name, value in rows.items()}
     ours = made.pipeline.engine.denoiser(tiled, height, width)(sample, 321.0)
-    states, pooled = encode(made, PROMPT)
-    added = None
-    if pooled is not None:
-        size = [height * 2, width * 2]
-        added = {
-            "text_embeds": pooled.repeat(batch, 1),
-            "time_ids": torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(batch, 1),
-        }
+    assert np.abs(ours - predict(made, sample, 321.0)).max() <= TOLERANCE
+
+
+def predict(made: Made, sample: np.ndarray, timestep: float) -> np.ndarray:
+    """What diffusers' UNet says to PROMPT."""
+    batch, states, pooled = len(sample), *encode(made, PROMPT)
     with torch.no_grad():
-        theirs = made.pipe.unet(
-            torch.from_numpy(sample), 321.0, states.repeat(batch, 1, 1), added_cond_kwargs=added
-        ).sample.numpy()
-    assert np.abs(ours - theirs).max() <= TOLERANCE
+        added = None if pooled is None else added_conditions(pooled.repeat(batch, 1), sample)
+        given = torch.from_numpy(sample), timestep, states.repeat(batch, 1, 1)
+        return made.pipe.unet(*given, added_cond_kwargs=added).sample.numpy()
+
+
+def added_conditions(pooled: Any, sample: np.ndarray) -> dict[str, Any]:
+    """What SDXL's UNet is told beside the prompt."""
+    size = [2 * side for side in sample.shape[2:]]
+    ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(len(sample), 1)
+    return {"text_embeds": pooled, "time_ids": ids}
 
 
 @pytest.mark.parametrize("negative", [None, "a blue forest"])
@@ -135,6 +107,100 @@ def test_pictures_equal_diffusers(made: Made, negative: str | None) -> None:
             output_type="np",
         ).images[0]
     assert np.abs(ours / 255 - theirs).max() <= 1.01 / 255
+
+
+@pytest.fixture(scope="module")
+def quantised(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[SpecFile, Path]:
+    """(W8A8 spec, its bundle: a copy, whose files onnx reads)."""
+    spec_file, bundle = made.quantised(lambda sample, timestep: predict(made, sample, timestep))
+    place = tmp_path_factory.mktemp("quantised") / bundle.name
+    return spec_file, shutil.copytree(bundle, place, copy_function=shutil.copyfile)
+
+
+def test_both_lowerings_of_every_family_hold_the_same_integers_and_the_lint_is_silent(
+    quantised: tuple[SpecFile, Path],
+) -> None:
+    spec_file, bundle = quantised
+    stored = []
+    for name in ("ort", "trt"):
+        graph = onnx.load(bundle / f"unet.{name}.onnx").graph
+        stored.append({one.name: numpy_helper.to_array(one) for one in graph.initializer})
+    layers = [name for name, layer in spec_file.spec.layers.items() if layer.weight == "int8"]
+    assert len(layers) == len(spec_file.spec.layers) - 2
+    for name in layers:
+        first, second = (one[f"{name}.weight"] for one in stored)
+        assert first.dtype == second.dtype == np.int8 and np.array_equal(first, second), name
+    assert lint_trt(bundle / "unet.trt.onnx") == []
+
+
+def test_onnx_runtime_computes_every_layer_of_every_family_as_the_spec_says(
+    made: Made, quantised: tuple[SpecFile, Path]
+) -> None:
+    """Layer by layer, cut out of the bundle's graph, from equal inputs: in a whole UNet, values on a rounding edge fall
+    to either side and are followed by others, so that two exact computations drift apart like two draws of that noise."""
+    spec_file, bundle = quantised
+    graph, random = onnx.load(bundle / "unet.ort.onnx"), np.random.default_rng(3)
+    for name in (name for name, layer in spec_file.spec.layers.items() if layer.weight == "int8"):
+        module = copy.deepcopy(made.pipe.unet.get_submodule(name))
+        is_conv = spec_file.spec.layers[name].op == "conv"
+        if not is_conv:
+            module.bias = None  # added by a node of its own
+        shape = (1, module.in_channels, 8, 8) if is_conv else (1, 5, module.in_features)
+        x = random.standard_normal(shape).astype(np.float32) * 40 * float(spec_file.tensors[f"{name}.input_scale"])
+        with torch.no_grad():
+            wanted = SpecLayer(name, module, spec_file)(torch.from_numpy(x)).numpy()
+        found = run(layer_graph(graph, name, is_conv), x)
+        error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+        assert error <= 5e-3, f"{name}: {error}"
+        step = float(spec_file.tensors[f"{name}.output_scale"]) if is_conv else 1e-4 * float(np.abs(wanted).max())
+        assert np.abs(found - wanted).max() <= 1.001 * step, name
+
+
+def layer_graph(model: onnx.ModelProto, name: str, is_conv: bool) -> onnx.ModelProto:
+    """One layer with the Q/DQ around it, from float to float."""
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    read_by = {value: node for node in model.graph.node for value in node.input}
+    weight = read_by[f"{name}.weight"]
+    product = read_by[weight.output[0]]
+    given = made_by[product.input[0]]
+    first = made_by[given.input[0]]
+    nodes = [first, given, weight, product]
+    while is_conv and nodes[-1].op_type != "DequantizeLinear":
+        nodes.append(read_by[nodes[-1].output[0]])
+    wanted = {value for node in nodes for value in node.input}
+    ends = [onnx.helper.make_tensor_value_info(v, 1, None) for v in (first.input[0], nodes[-1].output[0])]
+    constants = [one for one in model.graph.initializer if one.name in wanted]
+    graph = onnx.helper.make_graph(nodes, "layer", ends[:1], ends[1:], constants)
+    return onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+TOOL = Path(__file__).parents[2] / "tools" / "trt_aot.py"
+
+
+@pytest.mark.trt
+def test_every_family_compiles_to_what_the_spec_says(quantised: tuple[SpecFile, Path], tmp_path: Path) -> None:
+    """With the real TensorRT-for-RTX builder, for three architectures in one engine; no GPU needed."""
+    checked = subprocess.run([sys.executable, TOOL, "--self-check"], capture_output=True, text=True, check=False)
+    if checked.returncode:
+        pytest.skip(checked.stderr.strip().splitlines()[0])
+    spec_file, bundle = quantised
+    settings, graph = BuildSettings(), ir.load(bundle / "unet.trt.onnx")
+    shapes = with_other_inputs(input_shapes(read_manifest(bundle), settings), graph, settings)
+    options = [f"--shape={key}={'x'.join(map(str, three[1]))}" for key, three in shapes.items()]
+    report = tmp_path / "report.json"
+    command = [sys.executable, TOOL, bundle / "unet.trt.onnx", "--sm=sm86,sm89,sm120", f"--json={report}", *options]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    layers, wanted = from_aot(json.loads(report.read_text())), spec_kinds(spec_file.spec.layers)
+    assert mismatches(layers, wanted) == []
+    assert sum(table(layers, wanted).values()) == len(spec_file.spec.layers)
 
 
 @pytest.mark.parametrize("made", ["sd1"], indirect=True)
