@@ -31,7 +31,7 @@ from .text_rows import RowStatistics, row_classes
 HESSIAN_EVERY = 4  # every 4th step is enough for the second moments of the inputs
 LARGEST_HESSIAN = 4096  # columns; wider layers (none in the gallery) are rounded to nearest, with that reason
 N_POINTS = 8
-N_LESSONS = 96
+N_LESSONS = 200
 Progress = Callable[[str, float], None]
 
 

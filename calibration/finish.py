@@ -13,6 +13,7 @@ from personalq.numerics import QTYPES, quantize
 from personalq.spec import LayerSpec
 
 from .evidence import Evidence
+from .harm import harm_by_time
 from .statistics import N_TIME_BINS, time_bin
 from .tune import Rounded, quantised_activations, spread, tune
 
@@ -48,11 +49,14 @@ def tune_decisions(
 
     For rules without balance or low-rank branch: integers are tuned towards the checkpoint's own weights.
     """
+    rounded = rounded_layers(evidence, layers, tensors)
+    harm = harm_by_time(evidence, rounded)
     found = tune(
         evidence.pipe.unet,
-        rounded_layers(evidence, layers, tensors),
+        rounded,
         evidence.lessons,
         evidence.recipe.guidance,
+        counts=torch.tensor([harm[float(t)] for t in evidence.lessons.timestep[::2]]),
         weighting=weighting,
         progress=lambda done: evidence.progress("tuning", done),
     )

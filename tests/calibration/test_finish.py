@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from calibration import tune as tuning
 from calibration.calibrate import CalibrateOptions, gather
 from calibration.decide import decide, rule_of
 from calibration.finish import correlated_part, rounded_layers
+from calibration.harm import harm_by_time, parts
 from calibration.tune import guide, tune
 
 
@@ -14,7 +16,8 @@ def evidence(rex):
     return gather(rex, rex.card("rex"), CalibrateOptions(samples=2, steps=3))
 
 
-def test_tuning_lowers_the_guided_error_and_leaves_the_model_as_it_was(evidence):
+def test_tuning_lowers_the_guided_error_and_leaves_the_model_as_it_was(evidence, monkeypatch):
+    monkeypatch.setattr(tuning, "INTEGER_RATE", 2e-2)  # 80 steps are few: an integer must come half a step to move
     unet = evidence.pipe.unet
     before = {name: p.detach().clone() for name, p in unet.named_parameters()}
     decisions = decide(evidence, rule_of("rtn"), "w4a8")
@@ -41,6 +44,23 @@ def test_what_is_tuned_is_stored_so_that_the_exporter_writes_what_was_tuned(evid
         q = decisions.tensors[f"{name}.weight_q"]
         assert q.dtype == "int8" and q.shape == evidence.seen.layers[name].weight.shape
         assert layer.weight == "int8" or abs(q).max() <= 8
+
+
+def test_harm_is_measured_for_every_step_and_the_last_by_itself(evidence):
+    decisions = decide(evidence, rule_of("rtn"), "w4a8")
+    harm = harm_by_time(evidence, rounded_layers(evidence, decisions.layers, decisions.tensors))
+    scheduler = evidence.pipe.scheduler
+    assert list(harm) == [float(t) for t in scheduler.timesteps]
+    last = scheduler.timesteps[-1]
+    one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    passed_on = scheduler.step(one, last, zero).prev_sample - scheduler.step(zero, last, zero).prev_sample
+    assert harm[float(last)] == pytest.approx(float(passed_on) ** 2, rel=1e-3)  # nothing comes after it
+
+
+def test_the_schedule_is_cut_into_parts_that_cover_it():
+    for n in (1, 2, 3, 25, 50):
+        assert [i for part in parts(n) for i in part] == list(range(n))
+        assert parts(n)[-1] == range(n - 1, n)
 
 
 def test_guiding_takes_pairs_in_order():
