@@ -66,7 +66,9 @@ def markdown(rows: list[Row], found: list[dict[str, Any]]) -> str:
             psnr, ssim, concept, prompt = (float(np.mean([row[m] for row in chosen])) for m in METRICS)
             noise = float(np.mean([row["noise_error"] for row in chosen]))
             gaps = [_gap(by.get((f"taq-{width}", policy, m)), n) for m, n in (("concept", 3), ("psnr_db", 1))]
-            shown = "-" if policy == "fp32" else f"{psnr:.1f}"
+            shown = f"{psnr:.1f}"
+            if policy == "fp32":  # its own reference: infinitely near
+                shown, gaps[1] = "-", ""
             name = "fp32" if policy == "fp32" else policy.removesuffix(f"-{width}")
             numbers = f"{share:.3f} | {shown} | {ssim:.3f} | {concept:.3f} | {prompt:.3f} | {noise:.4f}"
             lines.append(f"| {name} | {numbers} | {gaps[0]} | {gaps[1]} |")

@@ -13,7 +13,7 @@ from gallery.looks import LOOKS
 from gallery.subjects import OBJECTS
 from gallery.world import ACCESSORIES, COLOURS, PATTERNS, PLACES, caption, random_scene, render
 
-N = 200
+N = 400
 
 
 @pytest.fixture(scope="module")

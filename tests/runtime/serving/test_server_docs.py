@@ -40,9 +40,11 @@ def test_every_route_is_named(served: Any) -> None:
 def test_the_image_holds_the_runtime_alone() -> None:
     copied = re.findall(r"^COPY (?!--from)(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     rooms = {word for line in copied for word in line.split()[:-1]} - {"pyproject.toml", "constraints.txt", "README.md"}
-    assert rooms == {"LICENSE", "cli.py", "personalq", "runtime"}
+    assert rooms == {"LICENSE", "cli.py", "personalq", "runtime", "fleet"}  # the command line names fleet's command
     text = (ROOT / "Dockerfile").read_text()
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    others = {name.replace(".", "/") for name in packages if name.split(".")[0] not in ("personalq", "runtime")}
+    others = {
+        name.replace(".", "/") for name in packages if name.split(".")[0] not in ("personalq", "runtime", "fleet")
+    }
     assert others == {path.removesuffix("/__init__.py") for path in re.findall(r"\S+/__init__\.py", text)}
     assert re.search(r"^USER personalq$", text, re.MULTILINE) and "EXPOSE 8765" in text
