@@ -11,7 +11,7 @@ from torch import Tensor
 
 from personalq.numerics import QType
 
-from .gptq import Hessian
+from .gptq import Hessian, spread
 
 Array = npt.NDArray[np.float32]
 ITERATIONS, LEARNING_RATE, WARM_UP = 150, 3e-2, 0.2
@@ -30,9 +30,9 @@ def adaround(weight: Array, scale: Array, hessian: Hessian, qtype: QType) -> npt
     Regulariser 1 - |2h - 1|^beta with beta 20 -> 2 after a warm-up of 20 % (eq. 24), weighed against the reconstruction
     error relative to that of rounding to nearest.
     """
-    s = torch.from_numpy(np.asarray(scale, np.float32)).reshape(len(weight), -1)
-    s = s.repeat_interleave(weight.shape[1] // s.shape[1], 1)
-    w = torch.from_numpy(weight.astype(np.float32)) / s
+    w = torch.from_numpy(weight.astype(np.float32))
+    s = spread(torch.from_numpy(np.asarray(scale, np.float32)), w.shape)
+    w = w / s
     floor = torch.floor(w)
     low, high = STRETCH
     share = (w - floor).clamp(0.01, 0.99)

@@ -13,9 +13,10 @@ from personalq.numerics import QTYPES, quantize
 from personalq.spec import LayerSpec
 
 from .evidence import Evidence
+from .gptq import spread
 from .harm import harm_by_time
 from .statistics import N_TIME_BINS, time_bin
-from .tune import Rounded, quantised_activations, spread, tune
+from .tune import Rounded, quantised_activations, tune
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -74,7 +75,7 @@ def correct(evidence: Evidence, layers: Mapping[str, LayerSpec], tensors: Tensor
     has no counterpart in a deterministic sampler.
     """
     rounded, lessons = rounded_layers(evidence, layers, tensors), evidence.lessons
-    weights = {f"{name}.weight": r.q * spread(r.scale, r.q.shape) for name, r in rounded.items()}
+    weights = {f"{name}.weight": r.weight() for name, r in rounded.items()}
     exact = predictions(evidence, {})
     with quantised_activations(evidence.pipe.unet, rounded):
         error = predictions(evidence, weights) - exact

@@ -25,6 +25,13 @@ def columns(module: nn.Module, x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
+def spread(scale: Tensor, shape: torch.Size) -> Tensor:
+    """Scales (O,) or (O, blocks) as a factor of a weight of `shape`: (O, 1, ...) or (O, K)."""
+    if scale.ndim == 2:
+        return scale.repeat_interleave(shape[1] // scale.shape[1], 1)
+    return scale.reshape(-1, *([1] * (len(shape) - 1)))
+
+
 @dataclass
 class Hessian:
     """X^T diag(w) X of one layer, summed over samples. (K, K) float32, whatever the number of samples."""
@@ -52,8 +59,7 @@ def gptq(weight: Array, scale: Array, hessian: Hessian, qtype: QType, block: int
     block's scale when it gets there).
     """
     w = torch.from_numpy(weight.astype(np.float32)).clone()
-    s = torch.from_numpy(np.asarray(scale, np.float32)).reshape(len(weight), -1)
-    s = s.repeat_interleave(w.shape[1] // s.shape[1], 1)
+    s = spread(torch.from_numpy(np.asarray(scale, np.float32)), w.shape).expand_as(w)
     h = hessian.total.clone()
     dead = h.diagonal() == 0
     h[dead, dead] = 1.0

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from .evidence import Evidence
 from .model import encode
 from .reference import start_noise
-from .tune import Rounded, guide, quantised_activations, spread
+from .tune import Rounded, guide, quantised_activations
 
 PARTS, PROMPTS = 5, 4
 
@@ -52,7 +52,7 @@ def harm_by_time(evidence: Evidence, rounded: Mapping[str, Rounded]) -> dict[flo
     times = list(pipe.scheduler.timesteps)
     chosen = recipe.prompts[:PROMPTS]
     _, embeds = encode(pipe, [text for prompt in chosen for text in ("", prompt)])
-    weights = {f"{name}.weight": layer.q * spread(layer.scale, layer.q.shape) for name, layer in rounded.items()}
+    weights = {f"{name}.weight": layer.weight() for name, layer in rounded.items()}
     sampler = Sampler(evidence, rounded, weights, embeds)
     found: dict[float, float] = {}
     with torch.no_grad():

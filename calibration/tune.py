@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 from personalq.numerics import QType
 
+from .gptq import spread
 from .sensitivity import Points
 
 STEPS, PAIRS = 160, 6
@@ -44,6 +45,10 @@ class Rounded:
     scale: Tensor
     input_scale: float | None
     output_scale: float | None
+
+    def weight(self) -> Tensor:
+        """What the integers stand for, float32, the weight's shape."""
+        return self.q * spread(self.scale, self.q.shape)
 
 
 @dataclass(frozen=True)
@@ -169,13 +174,6 @@ def nearest(u: Tensor, qtype: QType) -> Tensor:
 def straight_through(u: Tensor, qtype: QType) -> Tensor:
     """`nearest` whose gradient is that of u."""
     return u + (nearest(u, qtype) - u).detach()
-
-
-def spread(scale: Tensor, shape: torch.Size) -> Tensor:
-    """Scales (O,) or (O, blocks) as a factor of a weight of `shape`: (O, 1, ...) or (O, K)."""
-    if scale.ndim == 2:
-        return scale.repeat_interleave(shape[1] // scale.shape[1], 1)
-    return scale.reshape(-1, *([1] * (len(shape) - 1)))
 
 
 @contextmanager

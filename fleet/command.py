@@ -57,36 +57,24 @@ def _refuse_given(names: tuple[str, ...], goes_with: str) -> None:
         raise click.UsageError(f"{flag} goes with {goes_with}")
 
 
-def _one(
-    repository: "Repository",
-    id_: str,
-    *,
-    spec: Path | None,
-    targets: tuple[str, ...],
-    settings: tuple[str, ...],
-    lint: str | None,
-    triton: Path | None,
-    store: str,
-    layout: str | None,
-    out: Path | None,
-    **_: Any,
-) -> Result:
-    if layout is not None or out is not None:
-        return _layout(repository, id_, spec, layout, out)
+def _one(repository: "Repository", id_: str, **options: Any) -> Result:
+    if options["layout"] is not None or options["out"] is not None:
+        return _layout(repository, id_, options["spec"], options["layout"], options["out"])
     repository.checkpoint_dir(id_)
     from exporters.request import export_request, lint_result
 
     with progress() as report:
-        made = export_request(repository, id_, spec, targets, report, settings)
-    if lint:
+        made = export_request(repository, id_, options["spec"], options["targets"], report, options["settings"])
+    if options["lint"]:
         return Result(*lint_result(made))
     published: dict[str, str] = {}
-    if store:
+    if options["store"]:
         from personalq.remote import Remote
 
-        Remote(store).publish(made.bundle, repository.card(id_))
-        published = {"store": store}
-    return Result({**asdict(made), "bundle": str(made.bundle), **_triton(made.bundle, triton), **published})
+        Remote(options["store"]).publish(made.bundle, repository.card(id_))
+        published = {"store": options["store"]}
+    triton = _triton(made.bundle, options["triton"])
+    return Result({**asdict(made), "bundle": str(made.bundle), **triton, **published})
 
 
 def _layout(repository: "Repository", id_: str, spec: Path | None, layout: str | None, out: Path | None) -> Result:
