@@ -22,9 +22,10 @@ PATH = click.Path(path_type=Path)
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--repo", type=PATH, envvar="PERSONALQ_REPO", help="Repository folder. Default: the shipped gallery.")
+@click.option("--json", "as_json", is_flag=True, help="As after the command: print one JSON object on stdout.")
 @click.version_option(package_name="personalq", prog_name="personalq")
 @click.pass_context
-def cli(context: click.Context, repo: Path | None) -> None:
+def cli(context: click.Context, repo: Path | None, as_json: bool) -> None:
     """Find the personalised checkpoint a request means, compress it, run it."""
     start_logging()
     context.obj = repo

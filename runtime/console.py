@@ -109,13 +109,13 @@ def start_logging() -> None:
 
 
 def reports(function: Callable[..., Result]) -> Callable[..., None]:
-    """Give a command --json, and print the Result it returns."""
+    """Give a command --json, which may also stand before its name, and print the Result it returns."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
     @functools.wraps(function)
     def run(*args: Any, as_json: bool, **options: Any) -> None:
         result = function(*args, **options)
-        if as_json and not result.printed:
+        if wants_json() and not result.printed:
             click.echo(json.dumps(result.data, ensure_ascii=False))
         elif not result.printed:
             _print(result)
@@ -125,6 +125,16 @@ def reports(function: Callable[..., Result]) -> Callable[..., None]:
     return run
 
 
+def wants_json() -> bool:
+    """Whether --json was said, before the command's name or after it."""
+    context: click.Context | None = click.get_current_context()
+    while context is not None:
+        if context.params.get("as_json"):
+            return True
+        context = context.parent
+    return False
+
+
 def talk(decide: Callable[[list[str]], Any], answers: Sequence[str]) -> Any:
     """Return `decide(answers)`; at a terminal, put its open question to the person and decide again with the answer.
 
@@ -132,7 +142,7 @@ def talk(decide: Callable[[list[str]], Any], answers: Sequence[str]) -> Any:
     """
     said = list(answers)
     found = decide(said)
-    asks = sys.stdin.isatty() and sys.stderr.isatty() and not click.get_current_context().params.get("as_json")
+    asks = sys.stdin.isatty() and sys.stderr.isatty() and not wants_json()
     while asks and found.question:
         lines = [found.question, *(f"  {number}. {option}" for number, option in enumerate(found.options, 1))]
         click.echo("\n".join(lines), err=True)

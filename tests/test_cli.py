@@ -54,6 +54,10 @@ def test_ls_prints_exactly_one_json_object(repo: Path) -> None:
     assert rows[0].keys() >= {"id", "kind", "base", "trigger", "class_noun", "has_weights", "bundles"}
 
 
+def test_json_may_stand_before_the_command(repo: Path) -> None:
+    assert run(repo, "--json", "show", "brown-dog").stdout == run(repo, "show", "brown-dog", "--json").stdout
+
+
 @pytest.mark.parametrize("arguments", [["ls"], ["show", "brown-dog"], ["check"], ["doctor"]], ids=" ".join)
 def test_people_and_programs_get_the_same_facts(repo: Path, arguments: list[str]) -> None:
     text, data = run(repo, *arguments), run(repo, *arguments, "--json")
