@@ -18,11 +18,12 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from bench.intervals import bootstrap
-from bench.quality import LARGEST_DB, export
+from bench._patched import Patch, exact_pipeline, nearness, over_checkpoints, pooled
+from personalq.atomic import write_atomic
 from personalq.bundle import Manifest
-from personalq.numerics import QType, absmax_scale, fake_quantize, psnr_db
+from personalq.numerics import QType, absmax_scale, fake_quantize
 from personalq.rows import KeptTokens, kept_positions
+from personalq.tokens import Tokenizer
 
 PARTS = {"K": (0,), "V": (1,), "K+V": (0, 1)}
 
@@ -57,40 +58,74 @@ def degraded(
     return result
 
 
-def measure(repository: Any, checkpoint_id: str, qtype: QType, prompts: int, seeds: int) -> Iterator[dict[str, Any]]:
+def degrading(
+    tokenizer: Tokenizer, manifest: Manifest, kept: KeptTokens, parts: tuple[int, ...], qtype: QType
+) -> Patch:
+    """`degraded`, where the kept positions are those of the prompt."""
+
+    def patch(prompt: str, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        positions = kept_positions(tokenizer.encode(prompt).ids, kept, manifest.text.eos_id)
+        return degraded(rows, manifest, positions, parts, qtype)
+
+    return patch
+
+
+def measure(repo: Path, checkpoint_id: str, bits: int, prompts: int, seeds: int) -> list[dict[str, Any]]:
     """One row per (kept, part): per-picture PSNR against exact rows, and concept score."""
     from gallery.concepts import evaluation_prompts, reference_images
     from gallery.judge import Judge
-    from runtime.engine import OrtEngine
-    from runtime.pipeline import Picture, Pipeline, PromptRows
+    from personalq.repository import Repository
 
-    bundle, judge = export(repository, checkpoint_id, "fp32")["bundle"], Judge.load()
-    pipeline = Pipeline(OrtEngine(bundle, threads=1))
-    manifest, tokenizer = pipeline.engine.manifest, pipeline.tokenizer
+    pipeline, judge = exact_pipeline(Repository.open(repo), checkpoint_id), Judge.load()
+    manifest, tokenizer, qtype = pipeline.manifest, pipeline.tokenizer, QType(f"int{bits}", bits)
     trigger = tuple(tokenizer.token_ids(group) for group in manifest.checkpoint.trigger)
     references, wanted = reference_images(checkpoint_id, 32, 900), evaluation_prompts(checkpoint_id)[:prompts]
-    exact_rows = pipeline.rows
-
-    def pictures(kept: KeptTokens | None, parts: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-        def rows(prompt: str) -> PromptRows:
-            found = exact_rows(prompt)
-            if kept is None:
-                return found
-            positions = kept_positions(tokenizer.encode(prompt).ids, kept, manifest.text.eos_id)
-            worse = degraded(found.conditioning["rows"], manifest, positions, parts, qtype)
-            return PromptRows({"rows": worse}, positions, found.text_embeds)
-
-        pipeline.rows = rows  # type: ignore[method-assign]
-        *_, last = pipeline.denoise([Picture(prompt, seed=seed) for prompt in wanted for seed in range(seeds)])
-        return np.stack([pipeline.decode(latents) for latents in last.latents])
-
-    reference = pictures(None, ())
+    reference = pipeline.pictures(wanted, seeds)
+    found = []
     for name, kept in choices(trigger).items():
         for part, parts in PARTS.items():
-            images = pictures(kept, parts)
-            psnr = [min(psnr_db(a, b, peak=255), LARGEST_DB) for a, b in zip(reference, images, strict=True)]
-            concept = judge.concept_score(images, references).tolist()
-            yield {"checkpoint": checkpoint_id, "kept": name, "part": part, "psnr_db": psnr, "concept": concept}
+            if name == "all" and part != "K+V":
+                continue  # nothing is quantised: the same pictures
+            images = pipeline.pictures(wanted, seeds, degrading(tokenizer, manifest, kept, parts, qtype))
+            numbers = {
+                "psnr_db": nearness(reference, images),
+                "concept": judge.concept_score(images, references).tolist(),
+            }
+            found.append({"checkpoint": checkpoint_id, "kept": name, "part": part, **numbers})
+    return found
+
+
+def table(rows: list[dict[str, Any]], metric: str, digits: int) -> Iterator[str]:
+    """One Markdown line per choice of kept rows: means with 95 % intervals for K, V and K+V."""
+    yield f"| kept | {' | '.join(PARTS)} |"
+    yield "|---|---|---|---|"
+    for name in dict.fromkeys(row["kept"] for row in rows):
+        cells = []
+        for part in PARTS:
+            chosen = [row for row in rows if row["kept"] == name and row["part"] == part]
+            found = pooled(chosen, metric) if chosen else None
+            told = (
+                "" if found is None else f"{found.mean:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+            )
+            cells.append(told)
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def gains(rows: list[dict[str, Any]], part: str = "K+V") -> list[dict[str, Any]]:
+    """What each choice of kept rows gains over none and over as many random rows: paired differences with intervals."""
+    by = {(row["checkpoint"], row["kept"]): row for row in rows if row["part"] == part}
+    ids = list(dict.fromkeys(c for c, _ in by))
+    result = []
+    for name in dict.fromkeys(kept for _, kept in by):
+        for other in ("none", "random", "BOS"):
+            for metric in ("psnr_db", "concept"):
+                gaps = [
+                    {"checkpoint": c, "gap": np.subtract(by[c, name][metric], by[c, other][metric]).tolist()}
+                    for c in ids
+                ]
+                if name != other:
+                    result.append({"a": name, "b": other, "metric": metric, **asdict(pooled(gaps, "gap"))})
+    return result
 
 
 @click.command()
@@ -99,36 +134,18 @@ def measure(repository: Any, checkpoint_id: str, qtype: QType, prompts: int, see
 )
 @click.option("--bits", default=4, show_default=True, type=click.IntRange(2, 8))
 @click.option("--checkpoints", default="", help="comma list of ids (default: all with weights)")
-@click.option("--prompts", default=4, show_default=True)
+@click.option("--prompts", default=8, show_default=True)
 @click.option("--seeds", default=1, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path))
-def main(repo: Path, bits: int, checkpoints: str, prompts: int, seeds: int, out: Path | None) -> None:
-    """Measure the ablation; a table, then one JSON object as the last line."""
-    from personalq.repository import Repository
-
-    repository = Repository.open(repo)
-    wanted = (
-        checkpoints.split(",") if checkpoints else [c.id for c in repository.cards() if repository.has_weights(c.id)]
-    )
-    rows: list[dict[str, Any]] = []
-    for checkpoint_id in wanted:
-        rows += measure(repository, checkpoint_id, QType(f"int{bits}", bits), prompts, seeds)
-        click.echo(f"{checkpoint_id} done", err=True)
-    click.echo(f"{'kept':14} " + " ".join(f"{part + ' PSNR dB (95 %)':>24}" for part in PARTS))
-    for name in dict.fromkeys(row["kept"] for row in rows):
-        cells = []
-        for part in PARTS:
-            chosen = [row for row in rows if row["kept"] == name and row["part"] == part]
-            values = np.concatenate([row["psnr_db"] for row in chosen])
-            found = bootstrap(
-                values, np.repeat([row["checkpoint"] for row in chosen], [len(row["psnr_db"]) for row in chosen])
-            )
-            cells.append(f"{found.mean:8.2f} [{found.low:.2f}, {found.high:.2f}]".rjust(24))
-            rows[rows.index(chosen[0])]["interval"] = asdict(found)
-        click.echo(f"{name:14} " + " ".join(cells))
-    summary = {"bench": "rows", "bits": bits, "prompts": prompts, "seeds": seeds, "rows": rows}
+@click.option("--jobs", default=2, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="also write the JSON here")
+def main(repo: Path, bits: int, checkpoints: str, prompts: int, seeds: int, jobs: int, out: Path | None) -> None:
+    """Measure the ablation; tables, then one JSON object as the last line."""
+    rows = list(over_checkpoints(measure, repo, checkpoints, jobs, bits, prompts, seeds))
+    for metric, digits, title in (("psnr_db", 1, "PSNR dB to exact rows"), ("concept", 3, "concept score")):
+        click.echo("\n".join([f"{title}:", *table(rows, metric, digits), ""]))
+    summary = {"bench": "rows", "bits": bits, "prompts": prompts, "seeds": seeds, "rows": rows, "gains": gains(rows)}
     if out:
-        out.write_text(json.dumps(summary, indent=1) + "\n")
+        write_atomic(out, (json.dumps(summary) + "\n").encode())
     click.echo(json.dumps(summary))
 
 
