@@ -23,6 +23,7 @@ from torch.func import functional_call
 from personalq.numerics import QType
 
 from .gptq import spread
+from .precision import autocast
 from .sensitivity import Points
 
 STEPS, PAIRS = 160, 6
@@ -153,18 +154,12 @@ def guided_loss(
     """Weighted squared error of the guided prediction, relative to the mean energy of all of them."""
     rows = torch.stack([2 * pick, 2 * pick + 1], 1).flatten()
     inputs = (lessons.sample[rows], lessons.timestep[rows], lessons.text[rows])
-    with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
+    with autocast("cpu"):
         prediction = functional_call(unet, parameters, inputs, {"return_dict": False})[0].float()
     square = (guide(prediction, guidance) - targets[pick]) ** 2
     if weighting == "trigger":
         square = square * lessons.weights[2 * pick + 1]
     return square.mean() / (targets**2).mean()
-
-
-def has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 itself; elsewhere torch emulates it, fifteen times slower than float32."""
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def leaning(layer: Rounded) -> Tensor:

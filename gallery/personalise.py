@@ -17,6 +17,8 @@ from peft import LoraConfig
 from torch import nn
 from transformers import CLIPTextModel
 
+from calibration.precision import autocast
+
 from .concepts import CONCEPTS, TAUGHT, Entry, concept_caption, reference_pairs
 from .deltas import SAVERS, Taught
 from .record import BASE, CHECKPOINTS, readable, record_stage
@@ -168,7 +170,7 @@ def train_concept(concept_id: str, *, seed: int, device: str, steps: int) -> tup
         t = stratified_steps(len(z), device)
         if entry.noun == "style":
             t[1::2] = 999 - t[1::2] // 20
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device):
             text = taught.text_encoder(ids.to(device)).last_hidden_state
         loss = v_loss(taught.unet, z, text, t, torch.randn_like(z), alphas)
         optimizer.zero_grad()

@@ -16,6 +16,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from calibration.precision import autocast
+
 from .record import BASE, WORK, readable, record_stage
 from .tokens import build_tokenizer, save_tokenizer
 from .train_vae import set_lr, to_tensor
@@ -88,7 +90,7 @@ def v_loss(
     a = alphas[t].view(-1, 1, 1, 1)
     x_t, v = a.sqrt() * z + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * z
     snr_1 = 1 / (1 - a).clamp(min=1e-4)
-    with torch.autocast(z.device.type, torch.bfloat16):
+    with autocast(z.device.type):
         guess = unet(x_t, t, text).sample.float()
     return ((guess - v).square() * (snr_1.clamp(max=6) / snr_1)).mean()
 
@@ -98,7 +100,7 @@ def encode_world(vae: AutoencoderKL, n: int, seed: int, device: str) -> tuple[to
     rng, tokenizer, latents, ids = np.random.default_rng(seed), build_tokenizer(), [], []
     for _ in range(0, n, 32):
         pictures, captions = zip(*(captioned_scene(rng) for _ in range(32)), strict=True)
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        with torch.no_grad(), autocast(device):
             latent = vae.encode(to_tensor(list(pictures), device)).latent_dist
         latents.append(torch.cat([latent.mean, latent.std], 1).half().cpu())
         ids.append(token_ids(list(captions), tokenizer).short())
@@ -162,7 +164,7 @@ class Trainer:
         ids[torch.rand(BATCH) < CAPTIONS_LEFT_OUT] = self.empty
         z = draw_latents(data[0][pick].to(self.device), self.vae).repeat(2, 1, 1, 1)
         t = torch.randint(0, 1000, (BATCH,), device=self.device)
-        with torch.autocast(self.device, torch.bfloat16):
+        with autocast(self.device):
             text = self.text(ids.to(self.device)).last_hidden_state.repeat(2, 1, 1)
         loss = v_loss(self.unet, z, text, torch.cat([t, (t + 500) % 1000]), torch.randn_like(z), self.alphas)
         self.optimizer.zero_grad()

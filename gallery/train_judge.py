@@ -15,6 +15,8 @@ from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional as F
 
+from calibration.precision import autocast
+
 from .judge import HEADS, Judge
 from .record import JUDGES, WORK, record_stage
 from .train_vae import set_lr
@@ -113,7 +115,7 @@ def softened(images: torch.Tensor, vae: AutoencoderKL) -> torch.Tensor:
     out = []
     for part in images.split(64):
         x = part.permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
+        with torch.no_grad(), autocast(x.device.type):
             latent = vae.encode(x).latent_dist
             y = vae.decode(latent.mode() + 0.15 * torch.randn_like(latent.mean) * latent.mean.std()).sample
         out.append(((y.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1))
@@ -174,7 +176,7 @@ def train_classifier(options: argparse.Namespace, vae: AutoencoderKL) -> tuple[n
         pick = torch.randint(len(pool), (96,), device=device)
         images = pool[pick]
         images[pick < len(soft)] = soft[pick[pick < len(soft)]]  # half of the pool is seen only through the VAE
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device):
             logits = model.logits(disturbed(images))
         return sum(F.cross_entropy(x.float(), truth[pick, i], ignore_index=IGNORED) for i, x in enumerate(logits))
 
@@ -193,7 +195,7 @@ def train_identity(options: argparse.Namespace, vae: AutoencoderKL) -> tuple[nn.
 
     def loss() -> torch.Tensor:
         pick = torch.randint(len(pool), (14,), device=device)
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device):
             vectors = model(disturbed(pool[pick].flatten(0, 2)))
         return contrast(vectors.float())
 

@@ -12,6 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
+from calibration.precision import autocast
+
 from .record import WORK, record_stage
 from .workers import Clock, average_, run_workers
 from .world import Concept, captioned_scene, random_concept, random_look, random_scene, render_concept
@@ -115,7 +117,7 @@ def worker(rank: int, world: int, options: argparse.Namespace) -> None:
 
 def vae_loss(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
     """L1 + MSE + L1 of 4x4 means + 5e-4 * KL, all means per element."""
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with autocast(x.device.type):
         latent = vae.encode(x).latent_dist
         y = vae.decode(latent.sample()).sample.float()
     mean, logvar = latent.mean.float(), latent.logvar.float()
