@@ -4,7 +4,7 @@ import torch
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether `device` ("cpu", "cuda") multiplies bfloat16 itself. A CPU that does not is 15 times slower in it than in float32."""
+    """Whether `device` ('cpu', 'cuda') multiplies bfloat16 itself; a CPU that emulates it is 15 times slower than in float32."""
     if device != "cpu":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = torch.cpu.get_capabilities()
