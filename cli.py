@@ -136,9 +136,10 @@ def ask(request: str | None, answers: tuple[str, ...], batch: Path | None, llm: 
 @click.option("--policy", default="taq", show_default=True, help="Rule that turns statistics into bits.")
 @click.option("--bits", default="w8a8", show_default=True, help="Bits of weights and activations.")
 @click.option("--budget-mb", type=click.FloatRange(min=0, min_open=True), help="Share out this many megabytes.")
+@click.option("--row-bits", default="8", type=click.Choice(["8", "4"]), help="Of the text rows that are not kept.")
 @click.option("--report", "page", type=PATH, help="Also write an HTML page: what was measured, kept, and why.")
 @reports
-def calibrate(id_: str, policy: str, bits: str, budget_mb: float | None, page: Path | None) -> Result:
+def calibrate(id_: str, budget_mb: float | None, row_bits: str, page: Path | None, **rule: str) -> Result:
     """Run a checkpoint, collect its statistics and write its TAQ spec."""
     repository = opened()
     repository.checkpoint_dir(id_)
@@ -146,10 +147,10 @@ def calibrate(id_: str, policy: str, bits: str, budget_mb: float | None, page: P
 
     budget = None if budget_mb is None else round(budget_mb * 1e6)
     with progress() as report:
-        options = room.CalibrateOptions(policy=policy, bits=bits, budget_bytes=budget, report=page)
+        options = room.CalibrateOptions(budget_bytes=budget, row_bits=int(row_bits), report=page, **rule)
         made = room.calibrate(repository, id_, options, report)
     counted = {name: getattr(made, name) for name in ("kept_tokens", "layers", "seconds", "peak_rss_bytes")}
-    return Result({"spec": str(made.spec_path), "policy": policy, "bits": bits, **counted})
+    return Result({"spec": str(made.spec_path), **rule, **counted})
 
 
 cli.add_command(export_command(opened))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +21,8 @@ def differences(rows: list[Row], baseline: str = "fp32") -> list[dict[str, Any]]
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     pairs = [(p, baseline) for p in policies if p != baseline]
     for ours in (p for p in policies if p.startswith("taq-w")):
-        width = ours.removeprefix("taq-")
-        pairs += [(ours, p) for p in policies if p.endswith(f"-{width}") and p != ours]
+        width = width_of(ours)
+        pairs += [(ours, p) for p in policies if width_of(p) == width and p != ours]
     by = {(row["checkpoint"], row["policy"]): row["pictures"] for row in rows}
     result = []
     for a, b in pairs:
@@ -31,6 +32,12 @@ def differences(rows: list[Row], baseline: str = "fp32") -> list[dict[str, Any]]
             groups = np.repeat(both, [len(gap) for gap in gaps])
             result.append({"a": a, "b": b, "metric": metric, **asdict(bootstrap(np.concatenate(gaps), groups))})
     return result
+
+
+def width_of(policy: str) -> str:
+    """'taq-w4a8-rows4@4.5' -> 'w4a8-rows4@4.5'; '' for a reference."""
+    found = re.search(r"-(w\da.*)$", policy)
+    return found[1] if found else ""
 
 
 def table(rows: list[Row]) -> Iterator[str]:
@@ -54,13 +61,13 @@ def markdown(rows: list[Row], found: list[dict[str, Any]]) -> str:
     by = {(d["a"], d["b"], d["metric"]): d for d in found}
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     lines: list[str] = []
-    for width in dict.fromkeys(policy.rsplit("-", 1)[1] for policy in policies if "-" in policy):
+    for width in dict.fromkeys(width_of(policy) for policy in policies if policy != "fp32"):
         lines += [f"**{width.upper()}**, {len({row['checkpoint'] for row in rows})} checkpoints:", ""]
         lines += [
             "| policy | of FP32 | PSNR dB | SSIM | concept | prompt | noise error | `taq` - it: concept | PSNR dB |"
         ]
         lines += ["|---|---|---|---|---|---|---|---|---|"]
-        for policy in ["fp32", *(p for p in policies if p.endswith(f"-{width}"))]:
+        for policy in ["fp32", *(p for p in policies if width_of(p) == width)]:
             chosen = [row for row in rows if row["policy"] == policy]
             share = float(np.mean([row["bytes"] / row["bytes_fp32"] for row in chosen]))
             psnr, ssim, concept, prompt = (float(np.mean([row[m] for row in chosen])) for m in METRICS)
@@ -93,7 +100,9 @@ def plot(rows: list[Row], metric: str, file: Path) -> None:
     for policy in dict.fromkeys(row["policy"] for row in rows if row["policy"] != "fp32"):
         chosen = [row for row in rows if row["policy"] == policy]
         at = float(np.mean([row["bytes"] / row["bytes_fp32"] for row in chosen]))
-        points.setdefault(policy.rsplit("-", 1)[0], []).append((at, float(np.mean([row[metric] for row in chosen]))))
+        points.setdefault(policy.removesuffix(f"-{width_of(policy)}"), []).append(
+            (at, float(np.mean([row[metric] for row in chosen])))
+        )
     for name, where in points.items():
         axes.plot(*zip(*sorted(where), strict=True), marker="o", label=name, lw=2.4 if name == "taq" else 1.1)
     exact = [row[metric] for row in rows if row["policy"] == "fp32"]

@@ -32,7 +32,7 @@ LARGEST_DB = 60.0  # stands for "equal" in means
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: `policies` are '<policy>-<bits>' or 'fp32'."""
+    """What is measured: `policies` are '<policy>-<bits>[-rows4][@MB]' or 'fp32'."""
 
     repository: Path
     policies: tuple[str, ...]
@@ -93,13 +93,18 @@ def measure_checkpoint(plan: Plan, checkpoint_id: str) -> list[Row]:
 
 
 def export(repository: Any, checkpoint_id: str, policy: str, evidence: Any = None) -> dict[str, Any]:
-    """Calibrate and export one checkpoint under '<policy>-<bits>[@MB]' or 'fp32'; policies share the evidence."""
+    """Calibrate and export one checkpoint under '<policy>-<bits>[-rows4][@MB]' or 'fp32'; policies share the evidence."""
     from calibration.calibrate import CalibrateOptions, calibrate
     from exporters.export import export_checkpoint
 
-    name, bits = (policy, "w8a8") if policy == "fp32" else policy.partition("@")[0].rsplit("-", 1)
-    budget = policy.partition("@")[2]
-    options = CalibrateOptions(policy=name, bits=bits, budget_bytes=int(float(budget) * 1e6) if budget else None)
+    rule, _, budget = policy.partition("@")
+    name, bits = (policy, "w8a8") if policy == "fp32" else rule.removesuffix("-rows4").rsplit("-", 1)
+    options = CalibrateOptions(
+        policy=name,
+        bits=bits,
+        budget_bytes=int(float(budget) * 1e6) if budget else None,
+        row_bits=4 if rule.endswith("-rows4") else 8,
+    )
     spec = calibrate(repository, checkpoint_id, options, evidence=None if policy == "fp32" else evidence)
     result = export_checkpoint(repository, checkpoint_id, spec.spec_path)
     facts = {

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 from personalq.atomic import write_atomic
 from personalq.card import Card, folder_name
+from personalq.errors import SpecError
 from personalq.identity import family_key, read_configs, sampling_defaults, weights_sha256
 from personalq.repository import Repository
 from personalq.rows import KeptTokens
@@ -28,6 +29,7 @@ from .saved import NAME as STATISTICS
 from .statistics import LayerRanges
 
 FLOAT_POLICIES = {"fp32": "float32", "fp16": "float16"}
+ROW_BITS = (8, 4)
 Progress = Callable[[str, float], None]
 
 
@@ -35,12 +37,14 @@ Progress = Callable[[str, float], None]
 class CalibrateOptions:
     """policy: see calibration.policies, or 'fp32' / 'fp16' (nothing quantised). samples: prompts run through all steps.
 
-    budget_bytes: share this many bytes of layer weights out by harm. report: an HTML page to write.
+    budget_bytes: share this many bytes of layer weights out by harm. row_bits: of the text rows that are not kept, 8 or
+    4 (always stored in a byte). report: an HTML page to write.
     """
 
     policy: str = "taq"
     bits: str = "w8a8"
     budget_bytes: int | None = None
+    row_bits: int = 8
     samples: int = 8
     steps: int = 25
     seed: int = 0
@@ -77,6 +81,8 @@ def calibrate(
     started = time.perf_counter()
     if options.policy not in FLOAT_POLICIES:
         rule_of(options.policy)
+    if options.row_bits not in ROW_BITS:
+        raise SpecError(f"row bits: must be one of {ROW_BITS}, got {options.row_bits}")
     card = repository.card(checkpoint_id)
     progress("loading the checkpoint", 0.0)
     evidence = evidence or gather(repository, card, options, progress)
@@ -98,7 +104,8 @@ def build_spec(
     repository: Repository, card: Card, evidence: Evidence, options: CalibrateOptions
 ) -> tuple[SpecFile, tuple[str, ...]]:
     """Decide every layer and row from the evidence (none is collected when the policy quantises nothing)."""
-    pipe, layers_of_rows = evidence.pipe, tuple(evidence.row_layers)
+    pipe = evidence.pipe
+    layers_of_rows = tuple(layer.model_copy(update={"rest_bits": options.row_bits}) for layer in evidence.row_layers)
     if options.policy in FLOAT_POLICIES:
         modules = {n: LayerRanges.of(m) for n, m in quantisable_layers(pipe.unet).items()}
         decisions = Decisions(float_layers(modules, "reference: nothing is quantised"), {})
@@ -126,9 +133,10 @@ def build_spec(
 
 
 def spec_name(options: CalibrateOptions) -> str:
-    """File name of a spec: '<policy>-<bits>', with the budget when there is one."""
+    """File name of a spec: '<policy>-<bits>', with the rows' bits when they are not 8, and the budget when there is one."""
+    rows = "" if options.row_bits == 8 else f"-rows{options.row_bits}"
     budget = "" if options.budget_bytes is None else f"-{options.budget_bytes / 1e6:.2f}mb"
-    return f"{options.policy}-{options.bits}{budget}"
+    return f"{options.policy}-{options.bits}{rows}{budget}"
 
 
 def gather(repository: Repository, card: Card, options: CalibrateOptions, progress: Progress = quiet) -> Evidence:

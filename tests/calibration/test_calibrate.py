@@ -50,6 +50,14 @@ def test_unknown_policy_and_width_are_refused(rex):
         calibrate(rex, "rex", CalibrateOptions(bits="w1a1", **FEW))
 
 
+def test_rows_that_are_not_kept_take_the_bits_that_are_asked_for(rex):
+    made = calibrate(rex, "rex", CalibrateOptions(policy="rtn", row_bits=4, **FEW))
+    assert made.spec_path.name == "rtn-w8a8-rows4.json"
+    assert {layer.rest_bits for layer in made.spec_file.spec.rows.layers} == {4}
+    with pytest.raises(SpecError, match=r"row bits: must be one of \(8, 4\), got 3"):
+        calibrate(rex, "rex", CalibrateOptions(row_bits=3, **FEW))
+
+
 def test_unknown_checkpoint_names_the_nearest(rex):
     with pytest.raises(RepositoryError, match="nearest: rex"):
         calibrate(rex, "rexx", CalibrateOptions(**FEW))
