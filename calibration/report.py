@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -32,12 +33,16 @@ def report_html(evidence: Evidence, spec: Spec, *, sensitivity: bool = True) -> 
         _list({name: reason for name, reason in spec.rows.reasons.items()}),
         "<h2>Text rows by class of token</h2>",
         _class_table(rows.by_class()),
+        _image(_row_figure(rows.by_class()), "Bars: share of error and of attention by class of token"),
         f"<p>{_time_bins(evidence)}</p>",
         "<h2>Attention mass by layer and time step</h2>",
-        _image(_mass_figure(evidence)),
+        _image(_mass_figure(evidence), "Heat map: share of attention by class of token, layer and time step"),
+        "<h2>Layers</h2>",
+        _list(_widths(spec)),
     ]
     if sensitivity:
-        parts += ["<h2>Harm of quantising one layer's weight alone</h2>", _image(_sensitivity_figure(evidence))]
+        bars = _image(_sensitivity_figure(evidence), "Bars: harm to the noise prediction by layer, the 40 worst")
+        parts += ["<h2>Harm of quantising one layer's weight alone</h2>", bars]
     floats = {name: layer.reason for name, layer in spec.layers.items() if layer.weight == "float"}
     parts += ["<h2>Layers that stay float</h2>", _list(floats) if floats else "<p>None.</p>"]
     body = "\n".join(parts)
@@ -69,6 +74,32 @@ def _class_table(numbers: dict[str, dict[str, float]]) -> str:
         for name, n in numbers.items()
     ]
     return f"<table>{head}{''.join(lines)}</table>"
+
+
+def _row_figure(numbers: dict[str, dict[str, float]]) -> Any:
+    """What storing a row costs, as its share of the row's energy, beside the attention that the class gets."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(numbers))
+    for offset, (key, label) in enumerate(
+        (("error8", "error at 8 bits"), ("error4", "error at 4 bits"), ("mass", "attention"))
+    ):
+        axis.bar(places + (offset - 1) * 0.27, [n[key] for n in numbers.values()], 0.27, label=label)
+    axis.set_xticks(places, list(numbers), fontsize=8)
+    axis.set_yscale("log")
+    axis.set_ylabel("share")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _widths(spec: Spec) -> dict[str, str]:
+    """How many layers of which kind became what."""
+    counted = Counter((layer.op, layer.weight, layer.activation) for layer in spec.layers.values())
+    return {
+        f"{n} {op}": f"{weight} weights, {activation} activations" for (op, weight, activation), n in counted.items()
+    }
 
 
 def _mass_figure(evidence: Evidence) -> Any:
@@ -106,7 +137,8 @@ def _sensitivity_figure(evidence: Evidence) -> Any:
     return figure
 
 
-def _image(figure: Any) -> str:
+def _image(figure: Any, alt: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return f"<img alt='' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"<img alt='{html.escape(alt)}' src='data:image/png;base64,{data}'>"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from personalq.numerics import INT8, QTYPES, cosine, fake_quantize, quantize
+from personalq.numerics import INT8, QTYPES, absmax_scale, cosine, fake_quantize, quantize
 from personalq.spec import SpecFile, read_spec
 from runtime.engine import OrtEngine
 
@@ -129,3 +129,30 @@ def test_policies_leave_different_specs(exported):
     specs = {name: exported[0].root / "specs" / "rex" / f"{name}.json" for name in POLICIES}
     contents = {name: read_spec(path).content_sha256() for name, path in specs.items() if path.exists()}
     assert len(set(contents.values())) == len(contents) >= 2
+
+
+def test_rows_at_four_bits_are_what_numerics_says_and_kept_rows_stay_exact(exported):
+    from calibration.calibrate import CalibrateOptions, calibrate
+    from exporters.export import export_checkpoint
+
+    repository, _ = exported
+    made = calibrate(repository, "rex", CalibrateOptions(policy="rtn", row_bits=4, samples=2, steps=3))
+    engine = OrtEngine(export_checkpoint(repository, "rex", made.spec_path).bundle, threads=1)
+    ids = np.full((1, 77), engine.manifest.text.eos_id, np.int64)
+    ids[0, :5] = [engine.manifest.text.bos_id, 3, 4, 5, 6]
+    slots = np.zeros((1, engine.manifest.rows.kept.slots), np.int64)
+    slots[0, 0] = 3
+    found = engine.text_rows(engine.encode(ids).states, slots)
+    start = 0
+    for layer in engine.manifest.rows.layers:
+        for part in range(2):
+            exact = found["rows"][0, :, start : start + layer.width]
+            scale = absmax_scale(exact, QTYPES["int4"], 0, where=layer.name)
+            np.testing.assert_allclose(
+                found["rest_scale"][0, :, 2 * engine.manifest.rows.layers.index(layer) + part], scale
+            )
+            q = found["rest"][0, :, start : start + layer.width]
+            np.testing.assert_array_equal(q, quantize(exact, scale, QTYPES["int4"], 0))
+            start += layer.width
+    assert found["rest"].min() >= -8 and found["rest"].max() <= 7
+    np.testing.assert_array_equal(found["kept"][0, 0], found["rows"][0, 3].astype(np.float16))
