@@ -15,6 +15,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,23 +64,22 @@ def loader(target: str) -> Residency[Pipeline]:
 def measure(target: str, bundles: Sequence[Path], rounds: int) -> dict[str, Any]:
     """First: a bundle when nothing of its base is in memory. Cold: each further one. Every round starts with nothing, from
     either end by turns; the one before the rounds fills the page cache and keeps what an engine keeps, and is left out."""
-    first, cold, resident = [], [], []
+    first: list[Took] = []
+    cold: list[Took] = []
+    resident = []
     for turn in range(rounds + 1):
         kept = loader(target)
         for place, bundle in enumerate(bundles if turn % 2 else bundles[::-1]):
-            seconds = timed(pinned, kept, bundle)
+            took = timed(pinned, kept, bundle)
             if turn:
-                (cold if place else first).append(seconds)
-            resident.append(timed(pinned, kept, bundle))
+                (cold if place else first).append(took)
+            resident.append(timed(pinned, kept, bundle).wall)
         kept.close()
-    resident_ms = 1e3 * median(resident)
-    times = {"first_s": first, "cold_s": cold}
     return {
         "engine": target,
-        **times,
         **quantiles("first", first),
         **quantiles("cold", cold),
-        "resident_p50_ms": resident_ms,
+        "resident_p50_ms": 1e3 * median(resident),
     }
 
 
@@ -93,12 +93,12 @@ def peers(bundles: Sequence[Path], root: Path, checkpoints: Sequence[str], round
     references = [found for name in checkpoints[:2] if (found := reference(root, name)) is not None]
     if references:
         times = [timed(load_with_onnxruntime, one) for _ in range(rounds) for one in references]
-        rows.append({"engine": "onnxruntime, fp32", "cold_s": times, **quantiles("cold", times)})
+        rows.append({"engine": "onnxruntime, fp32", **quantiles("cold", times)})
     with_unet = [path for name in checkpoints if (path := root / "checkpoints" / name / "unet").is_dir()]
     base = next((root / "bases").iterdir())
     if with_unet:
         times = [timed(load_with_diffusers, base, with_unet[0]) for _ in range(rounds + 1)][1:]
-        rows.append({"engine": "diffusers (torch)", "cold_s": times, **quantiles("cold", times)})
+        rows.append({"engine": "diffusers (torch)", **quantiles("cold", times)})
     return rows
 
 
@@ -173,18 +173,29 @@ def cpu_name() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
-def timed(work: Callable[..., Any], *arguments: Any) -> float:
-    started = time.perf_counter()
+@dataclass(frozen=True)
+class Took:
+    """Seconds by the clock, and of processor time: on a machine that others use too, the second says more."""
+
+    wall: float
+    cpu: float
+
+
+def timed(work: Callable[..., Any], *arguments: Any) -> Took:
+    started, used = time.perf_counter(), time.process_time()
     work(*arguments)
-    return time.perf_counter() - started
+    return Took(time.perf_counter() - started, time.process_time() - used)
 
 
 def median(values: Sequence[float]) -> float:
     return float(np.median(values))
 
 
-def quantiles(name: str, values: Sequence[float]) -> dict[str, float]:
-    return {f"{name}_p{p}_s": round(float(np.percentile(values, p)), 4) for p in (50, 90, 99)}
+def quantiles(name: str, took: Sequence[Took]) -> dict[str, Any]:
+    """The times themselves and their quantiles: by the clock, and the median of processor time."""
+    walls = [one.wall for one in took]
+    by_clock = {f"{name}_p{p}_s": round(float(np.percentile(walls, p)), 4) for p in (50, 90, 99)}
+    return {f"{name}_s": walls, **by_clock, f"{name}_cpu_p50_s": round(median([one.cpu for one in took]), 4)}
 
 
 @click.command()
@@ -210,7 +221,8 @@ def main(arch: str, repo: Path | None, targets: tuple[str, ...], rounds: int, mo
         own = ""
         if "resident_p50_ms" in row:
             own = f"   resident {row['resident_p50_ms']:.2f} ms   first of its base {row['first_p50_s']:.3f} s"
-        click.echo(f"{row['engine']:20} cold p50 {row['cold_p50_s']:.3f} s{own}")
+        cold = f"cold p50 {row['cold_p50_s']:.3f} s, processor {row['cold_cpu_p50_s']:.3f} s"
+        click.echo(f"{row['engine']:20} {cold}{own}")
     for row in traces:
         click.echo(
             f"budget {row['budget']:.0%} {row['rule']:12} hit rate {row['hit_rate']:.3f} loading {row['load_seconds']} s"
