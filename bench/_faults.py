@@ -51,7 +51,7 @@ def overwrite(tensor: Tensor, array: npt.NDArray[Any]) -> None:
 def reseal(folder: Path, **changes: Any) -> None:
     """Write the manifest so that every hash, and the key, fits what lies in the folder now."""
     manifest = read_manifest(folder)
-    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
     files = {name: FileEntry(sha256=file_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in names}
     spec = manifest.spec.model_copy(update={"sha256": read_spec(folder / "spec.json").content_sha256()})
     parts = {**manifest.key_parts, "spec": spec.sha256, "reference": file_sha256(folder / GOLDEN)}

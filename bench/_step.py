@@ -159,7 +159,7 @@ def timed(name: str, bundle: Path, batch: int, steps: int) -> dict[str, Any]:
 
 def profile(bundle: Path, batch: int) -> list[dict[str, Any]]:
     """What one step of ONNX Runtime spends on each kind of node: {op, nodes, milliseconds, multiply_adds}."""
-    from runtime.engine import open_session
+    from runtime.sessions import open_session
 
     with tempfile.TemporaryDirectory() as folder:
         session = open_session(bundle / "unet.ort.onnx", None, profile=Path(folder) / "profile")

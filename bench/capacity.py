@@ -39,7 +39,8 @@ from personalq.errors import RepositoryError
 from personalq.repository import Repository
 from runtime.pipeline import Picture, Settings
 from runtime.residency import GreedyDual
-from runtime.serving.worker import graph_bytes, memory_bytes
+from runtime.serving.worker import graph_bytes
+from runtime.sessions import memory_bytes
 from runtime.store import Store
 
 BUSY = 0.8  # of a replica's time: what is left keeps queues short

@@ -169,10 +169,10 @@ def main(
     with Server(root, target, budget_mb, 4, queue=4 * clients) as server:
         load = drive(server, checkpoints, clients, seconds, steps)
         counts = server.residency()["counts"]
-        over = drive(server, checkpoints, 10 * clients, min(seconds / 5, 60), steps)
+        over = drive(server, checkpoints, 10 * clients, min(seconds / 20, 60), steps)
         freed, is_alive = leaves(server, checkpoints[0]), server.is_alive
     with Server(root, target, baseline_mb, 1) as server:
-        alone = drive(server, checkpoints, clients, min(seconds, 120), steps)
+        alone = drive(server, checkpoints, clients, min(seconds / 10, 120), steps)
     rate, alone_rate = (len(one.seconds) / one.elapsed for one in (load, alone))
     wrong = sum(count for code, count in load.codes.items() if code not in ("200", "429"))
     over_wrong = sum(count for code, count in over.codes.items() if code not in ("200", "429"))

@@ -1,4 +1,5 @@
-"""How long until another checkpoint can draw? In memory, and not in memory with its files in the page cache.
+"""How long until another checkpoint can draw? In memory, and not in memory with its files in the page cache: beside another
+checkpoint of its base (cold), and as the first of it.
 
     python -m bench.switch [--arch gallery|tiny|sd15] [--repo DIR] [--target NAME]... [--rounds N] [--work DIR]
 
@@ -14,12 +15,14 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from onnxruntime import InferenceSession
 
 from personalq.bundle import read_manifest
 from personalq.repository import Repository
@@ -59,16 +62,25 @@ def loader(target: str) -> Residency[Pipeline]:
 
 
 def measure(target: str, bundles: Sequence[Path], rounds: int) -> dict[str, Any]:
-    """Cold: every bundle into a residency that holds nothing. The first round fills the page cache and is left out."""
-    cold, resident = [], []
+    """First: a bundle when nothing of its base is in memory. Cold: each further one. Every round starts with nothing, from
+    either end by turns; the one before the rounds fills the page cache and keeps what an engine keeps, and is left out."""
+    first: list[Took] = []
+    cold: list[Took] = []
+    resident = []
     for turn in range(rounds + 1):
         kept = loader(target)
-        for bundle in bundles:
-            seconds = timed(pinned, kept, bundle)
-            cold += [seconds] if turn else []
-            resident.append(timed(pinned, kept, bundle))
+        for place, bundle in enumerate(bundles if turn % 2 else bundles[::-1]):
+            took = timed(pinned, kept, bundle)
+            if turn:
+                (cold if place else first).append(took)
+            resident.append(timed(pinned, kept, bundle).wall)
         kept.close()
-    return {"engine": target, "cold_s": cold, **quantiles("cold", cold), "resident_p50_ms": 1e3 * median(resident)}
+    return {
+        "engine": target,
+        **quantiles("first", first),
+        **quantiles("cold", cold),
+        "resident_p50_ms": 1e3 * median(resident),
+    }
 
 
 def pinned(kept: Residency[Pipeline], bundle: Path) -> Pipeline:
@@ -76,17 +88,17 @@ def pinned(kept: Residency[Pipeline], bundle: Path) -> Pipeline:
 
 
 def peers(bundles: Sequence[Path], root: Path, checkpoints: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """diffusers' own loading of the same weights, and the FP32 graphs in ONNX Runtime (what optimum opens)."""
+    """diffusers' own loading of the same weights, and the FP32 graphs as ONNX Runtime opens them (so does optimum)."""
     rows = []
     references = [found for name in checkpoints[:2] if (found := reference(root, name)) is not None]
     if references:
-        times = [timed(open_engine, "onnxruntime", one) for _ in range(rounds) for one in references]
-        rows.append({"engine": "onnxruntime fp32 graphs", "cold_s": times, **quantiles("cold", times)})
+        times = [timed(load_with_onnxruntime, one) for _ in range(rounds) for one in references]
+        rows.append({"engine": "onnxruntime, fp32", **quantiles("cold", times)})
     with_unet = [path for name in checkpoints if (path := root / "checkpoints" / name / "unet").is_dir()]
     base = next((root / "bases").iterdir())
     if with_unet:
         times = [timed(load_with_diffusers, base, with_unet[0]) for _ in range(rounds + 1)][1:]
-        rows.append({"engine": "diffusers (torch)", "cold_s": times, **quantiles("cold", times)})
+        rows.append({"engine": "diffusers (torch)", **quantiles("cold", times)})
     return rows
 
 
@@ -94,6 +106,13 @@ def reference(root: Path, checkpoint: str) -> Path | None:
     """The checkpoint's unquantised bundle, when it has one."""
     found = [one for one in Store(root).bundles(checkpoint) if read_manifest(one).spec.policy in ("fp32", "fp16")]
     return found[0] if found else None
+
+
+def load_with_onnxruntime(bundle: Path) -> list[Any]:
+    """Every graph of a bundle with ONNX Runtime's own settings."""
+    graphs = read_manifest(bundle).graphs
+    files = (graphs.text_encoder, graphs.text_rows, graphs.unet["ort"], graphs.vae_decoder)
+    return [InferenceSession(str(bundle / file), providers=["CPUExecutionProvider"]) for file in files]
 
 
 def load_with_diffusers(base: Path, unet: Path) -> Any:
@@ -148,18 +167,35 @@ def evictions(cold: Sequence[float], n: int = 100, requests: int = 10_000) -> li
     return rows
 
 
-def timed(work: Callable[..., Any], *arguments: Any) -> float:
-    started = time.perf_counter()
+def cpu_name() -> str:
+    """What the CPU calls itself."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+@dataclass(frozen=True)
+class Took:
+    """Seconds by the clock, and of processor time: on a machine that others use too, the second says more."""
+
+    wall: float
+    cpu: float
+
+
+def timed(work: Callable[..., Any], *arguments: Any) -> Took:
+    started, used = time.perf_counter(), time.process_time()
     work(*arguments)
-    return time.perf_counter() - started
+    return Took(time.perf_counter() - started, time.process_time() - used)
 
 
 def median(values: Sequence[float]) -> float:
     return float(np.median(values))
 
 
-def quantiles(name: str, values: Sequence[float]) -> dict[str, float]:
-    return {f"{name}_p{p}_s": round(float(np.percentile(values, p)), 4) for p in (50, 90, 99)}
+def quantiles(name: str, took: Sequence[Took]) -> dict[str, Any]:
+    """The times themselves and their quantiles: by the clock, and the median of processor time."""
+    walls = [one.wall for one in took]
+    by_clock = {f"{name}_p{p}_s": round(float(np.percentile(walls, p)), 4) for p in (50, 90, 99)}
+    return {f"{name}_s": walls, **by_clock, f"{name}_cpu_p50_s": round(median([one.cpu for one in took]), 4)}
 
 
 @click.command()
@@ -182,15 +218,17 @@ def main(arch: str, repo: Path | None, targets: tuple[str, ...], rounds: int, mo
     best = min((row for row in rows if "resident_p50_ms" in row), key=lambda row: row["cold_p50_s"])
     traces = evictions(best["cold_s"])
     for row in rows:
-        click.echo(
-            f"{row['engine']:28} cold p50 {row['cold_p50_s']:.3f} s   resident {row.get('resident_p50_ms', 0):.2f} ms"
-        )
+        own = ""
+        if "resident_p50_ms" in row:
+            own = f"   resident {row['resident_p50_ms']:.2f} ms   first of its base {row['first_p50_s']:.3f} s"
+        cold = f"cold p50 {row['cold_p50_s']:.3f} s, processor {row['cold_cpu_p50_s']:.3f} s"
+        click.echo(f"{row['engine']:20} {cold}{own}")
     for row in traces:
         click.echo(
             f"budget {row['budget']:.0%} {row['rule']:12} hit rate {row['hit_rate']:.3f} loading {row['load_seconds']} s"
         )
     machine = {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
     }
@@ -198,6 +236,7 @@ def main(arch: str, repo: Path | None, targets: tuple[str, ...], rounds: int, mo
     told = {"arch": arch, "checkpoints": len(checkpoints), "rounds": rounds, "machine": machine, "versions": versions}
     found = {
         "cold_p50_s": best["cold_p50_s"],
+        "first_p50_s": best["first_p50_s"],
         "resident_p50_ms": round(best["resident_p50_ms"], 3),
         "best": best["engine"],
     }

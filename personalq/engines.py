@@ -4,16 +4,17 @@ Written by exporters or by a runtime that compiled one; read by runtimes. The ke
 (target, graph bytes, device, tool versions, shapes), so one that fits nothing here is never opened.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from .atomic import atomic_directory, is_temporary, named_failure
-from .bundle import MANIFEST, Frozen, file_sha256
+from .bundle import MANIFEST, FileEntry, Frozen, file_sha256
 from .errors import EngineError
 
 ENGINES = "engines"
@@ -21,7 +22,7 @@ _CHECKED: set[tuple[str, int, int, str]] = set()
 
 
 class EngineManifest(Frozen):
-    """One engine file. parts: everything in its key, in clear; 'target' is always among them."""
+    """One engine. parts: everything in its key, in clear; 'target' is always among them. others: files it needs beside `file`."""
 
     schema_version: int = 1
     key: str
@@ -29,6 +30,7 @@ class EngineManifest(Frozen):
     file: str
     sha256: str
     bytes: int
+    others: Mapping[str, FileEntry] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class KeptEngine:
 
     path: Path
     manifest: EngineManifest
+
+    def files(self) -> dict[Path, FileEntry]:
+        """Every file that the engine needs."""
+        own = FileEntry(sha256=self.manifest.sha256, bytes=self.manifest.bytes)
+        return {self.path: own, **{self.path.parent / name: entry for name, entry in self.manifest.others.items()}}
 
 
 def engine_key(parts: Mapping[str, str]) -> str:
@@ -68,26 +75,31 @@ def read_engine(folder: Path) -> KeptEngine:
         raise EngineError(
             f"{folder / MANIFEST}: must be an engine's manifest, got {type(error).__name__}; {cure}"
         ) from error
-    if manifest.key != engine_key(manifest.parts) or Path(manifest.file).name != manifest.file or not manifest.file:
+    names = (manifest.file, *manifest.others)
+    if manifest.key != engine_key(manifest.parts) or any(Path(name).name != name or not name for name in names):
         raise EngineError(f"{folder / MANIFEST}: must fit its own key and file name, got another; {cure}")
     return KeptEngine(folder / manifest.file, manifest)
 
 
 def check_engine(kept: KeptEngine) -> None:
-    """Raise EngineError when the file's bytes are not those that were kept: a spoiled blob can crash its library.
+    """Raise EngineError when a file's bytes are not those that were kept: a spoiled blob can crash its library.
 
     The sha256 is computed once per process, and again when the file was touched.
     """
-    cure = f"remove {kept.path.parent} and it is made again"
+    for path, entry in kept.files().items():
+        _check_file(path, entry, f"remove {path.parent} and it is made again")
+
+
+def _check_file(path: Path, entry: FileEntry, cure: str) -> None:
     try:
-        stat = kept.path.stat()
-        seen = (str(kept.path), stat.st_mtime_ns, stat.st_ino, kept.manifest.sha256)
-        whole = stat.st_size == kept.manifest.bytes
-        whole = whole and (seen in _CHECKED or file_sha256(kept.path) == kept.manifest.sha256)
+        stat = path.stat()
+        seen = (str(path), stat.st_mtime_ns, stat.st_ino, entry.sha256)
+        whole = stat.st_size == entry.bytes
+        whole = whole and (seen in _CHECKED or file_sha256(path) == entry.sha256)
     except OSError as error:
-        raise EngineError(f"{kept.path}: must be readable, got '{error.strerror}'; {cure}") from error
+        raise EngineError(f"{path}: must be readable, got '{error.strerror}'; {cure}") from error
     if not whole:
-        raise EngineError(f"{kept.path}: bytes differ from the sha256 in its manifest; {cure}")
+        raise EngineError(f"{path}: bytes differ from the sha256 in its manifest; {cure}")
     _CHECKED.add(seen)
 
 
@@ -110,8 +122,32 @@ def keep_engine(
     with atomic_directory(folder, replace=True) as place:
         for file, content in {name: data, **(notes or {})}.items():
             _write(place / file, content)
-        (place / MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
+        _write(place / MANIFEST, _as_json(manifest))
     return KeptEngine(folder / name, manifest)
+
+
+@contextlib.contextmanager
+def keeping_engine(bundle: Path, parts: Mapping[str, str], name: str) -> Iterator[Path]:
+    """Yield an empty folder for the files of an engine, `name` and what it needs; publish them when the block ends.
+
+    Nothing is left behind when it fails. Raises RepositoryError.
+    """
+    key = engine_key(parts)
+    with atomic_directory(bundle / ENGINES / key, replace=True) as place:
+        yield place
+        with named_failure(place):
+            entries = {
+                file.name: FileEntry(sha256=file_sha256(file), bytes=file.stat().st_size) for file in place.iterdir()
+            }
+        own = entries.pop(name)
+        manifest = EngineManifest(
+            key=key, parts=dict(parts), file=name, sha256=own.sha256, bytes=own.bytes, others=entries
+        )
+        _write(place / MANIFEST, _as_json(manifest))
+
+
+def _as_json(manifest: EngineManifest) -> bytes:
+    return (json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
 
 
 def _write(file: Path, data: bytes | memoryview) -> None:

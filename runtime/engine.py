@@ -3,10 +3,9 @@
 It knows tensors and files, not prompts, samplers or which rows deserve to be kept.
 """
 
-import platform
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from personalq.bundle import Manifest, file_sha256, inside, read_manifest
-from personalq.errors import BundleError, EngineError, MissingExtraError
+from personalq.errors import BundleError, EngineError
 from personalq.rows import Ids
 
+from .sessions import Opened, Session, import_onnxruntime, one_line, open_prepared, open_shared
+
 Array = npt.NDArray[np.float32]
-Session = Any  # onnxruntime.InferenceSession: the package has no types, and is imported when a session is opened
 # What the UNet needs to know about the prompts of a batch, by input name. Form 'split': rest int8 (B,77,R), rest_scale
 # float32 (B,77,2L), kept float16 (B,S,R), row_index int64 (B,77). Form 'full': rows float32 (B,77,R).
 Conditioning = Mapping[str, npt.NDArray[Any]]
@@ -33,9 +33,6 @@ ROWS_OUTPUTS = {"split": ("rows", "rest", "rest_scale", "kept"), "full": ("rows"
 LOWERING = "ort"
 TOKENIZER = "tokenizer.json"
 SECOND_TOKENIZER = "tokenizer_2.json"  # SDXL: pads with another token, which also splits words differently
-
-# MatMulAddFusion turns a quantised Linear with bias into a float Gemm (or, from opset 21, fails to load).
-DISABLED_OPTIMIZERS = ["MatMulAddFusion"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +74,9 @@ class Engine(Protocol):
     def decode(self, latent: Array) -> Array:
         """latent (B,4,h,w) float32, already divided by scaling_factor -> image (B,3,H,W) in -1..1."""
 
+    def is_whole(self) -> bool:
+        """Whether the files that it reads while it draws are still what they were when it opened them."""
+
 
 class OrtEngine:
     """ONNX Runtime on the CPU. The files are checked against the manifest, then all graphs are opened."""
@@ -92,25 +92,38 @@ class OrtEngine:
         self.manifest = read_manifest(bundle)
         check_bytes(bundle, self.manifest)
         graphs, form = self.manifest.graphs, self.manifest.rows.form
-        self._encoder = self._open(graphs.text_encoder, threads, ["input_ids"], ["last_hidden_state"])
+        self._threads = threads
+        self._opened: list[Opened] = []
+        self._encoder = self._share(graphs.text_encoder, ["input_ids"], ["last_hidden_state"])
         self._second = None
         if graphs.text_encoder_2:
-            outputs = ["last_hidden_state", "text_embeds"]
-            self._second = self._open(graphs.text_encoder_2, threads, ["input_ids"], outputs)
+            self._second = self._share(graphs.text_encoder_2, ["input_ids"], ["last_hidden_state", "text_embeds"])
+        self._decoder = self._share(graphs.vae_decoder, ["latent"], ["image"])
         rows_inputs = ["text_embeds", "kept_index"] if form == "split" else ["text_embeds"]
-        self._rows = self._open(graphs.text_rows, threads, rows_inputs, ROWS_OUTPUTS[form])
-        self._unet = self._open_unet(threads)
-        self._decoder = self._open(graphs.vae_decoder, threads, ["latent"], ["image"])
+        with ThreadPoolExecutor(1) as beside:
+            rows = beside.submit(self._prepare, graphs.text_rows, rows_inputs, ROWS_OUTPUTS[form])
+            self._unet = self._open_unet()
+            self._rows = rows.result()
 
-    def _open_unet(self, threads: int | None) -> Session:
+    def _open_unet(self) -> Session:
         inputs = ["sample", "timestep", *unet_inputs(self.manifest)]
-        return self._open(unet_file(self.manifest), threads, inputs, ["noise_pred"])
+        return self._prepare(unet_file(self.manifest), inputs, ["noise_pred"])
 
-    def _open(self, file: str, threads: int | None, inputs: Sequence[str], outputs: Sequence[str]) -> Session:
-        session = open_session(inside(self.bundle, file), threads)
+    def _share(self, file: str, inputs: Sequence[str], outputs: Sequence[str]) -> Session:
+        return self._take(open_shared(self.bundle, self.manifest, file, self._threads), file, inputs, outputs)
+
+    def _prepare(self, file: str, inputs: Sequence[str], outputs: Sequence[str]) -> Session:
+        return self._take(open_prepared(self.bundle, self.manifest, file, self._threads), file, inputs, outputs)
+
+    def _take(self, opened: Opened, file: str, inputs: Sequence[str], outputs: Sequence[str]) -> Session:
+        session = opened.session
         _check_names(file, "inputs", [value.name for value in session.get_inputs()], inputs)
         _check_names(file, "outputs", [value.name for value in session.get_outputs()], outputs)
+        self._opened.append(opened)
         return session
+
+    def is_whole(self) -> bool:
+        return all(opened.is_whole() for opened in self._opened)
 
     def encode(self, ids: Ids, second: Ids | None = None) -> TextEmbeds:
         states = np.asarray(_run(self._encoder, ["last_hidden_state"], {"input_ids": ids})[0], dtype=np.float32)
@@ -210,54 +223,6 @@ def unet_file(manifest: Manifest) -> str:
     return manifest.graphs.unet[LOWERING]
 
 
-def import_onnxruntime() -> Any:
-    """The onnxruntime module. Raises MissingExtraError when it is not installed."""
-    try:
-        return import_module("onnxruntime")
-    except ImportError:
-        raise MissingExtraError("onnxruntime", "cpu") from None
-
-
-def open_session(
-    file: Path, threads: int | None, *, profile: Path | None = None, model: bytes | None = None
-) -> Session:
-    """Open one graph on the CPU; `profile`: where to write what every node did. Raises EngineError in one line.
-
-    model: an edited copy of the graph, opened in place of `file` with the weights that lie beside it.
-    """
-    ort = import_onnxruntime()
-    if not file.is_file():
-        raise EngineError(f"{file}: must be a graph, got no file; export the checkpoint again")
-    options = ort.SessionOptions()
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 3
-    if not has_int8_dot_product():
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
-    if model is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
-    try:
-        return ort.InferenceSession(
-            model or str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS
-        )
-    except Exception as error:  # onnxruntime raises its own classes over RuntimeError
-        raise EngineError(f"{file}: cannot be opened: {one_line(error)}; export the checkpoint again") from error
-
-
-def has_int8_dot_product() -> bool:
-    """False on an x86 CPU without VNNI (or where we cannot tell): its u8 x s8 kernels saturate at 16 bits, silently."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_vnni" in flags or "avx_vnni" in flags
-
-
 _checked: set[tuple[str, int, int, str]] = set()
 _checked_lock = threading.Lock()
 
@@ -287,13 +252,6 @@ def check_bytes(bundle: Path, manifest: Manifest) -> None:
             )
         with _checked_lock:
             _checked.add(seen)
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error, without the code and the path that onnxruntime puts before it."""
-    lines = str(error).strip().splitlines()
-    text = lines[0].split(" : ")[-1] if lines else type(error).__name__
-    return re.sub(r"^Load model from .* failed:", "", text).strip().rstrip(".")
 
 
 def _run(session: Session, outputs: Sequence[str], feed: dict[str, Any]) -> Sequence[Any]:

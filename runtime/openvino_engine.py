@@ -30,10 +30,10 @@ from .engine import (
     Denoiser,
     TextEmbeds,
     check_bytes,
-    one_line,
     unet_feed,
     unet_file,
 )
+from .sessions import graph_hashes, one_line
 
 logger = logging.getLogger("personalq.runtime")
 
@@ -115,6 +115,9 @@ class OpenVinoEngine:
         images = [_infer(compiled, {"latent": latent[i : i + 1]})["image"] for i in range(len(latent))]
         return np.concatenate(images).astype(np.float32, copy=False)
 
+    def is_whole(self) -> bool:
+        return True  # blobs are read whole; a graph that is compiled later is checked by its library
+
     def _unet(self, shape: tuple[int, ...]) -> Compiled:
         """The UNet compiled for one latent shape; the shape used longest ago is dropped for a third."""
         with self._lock:
@@ -132,9 +135,7 @@ class OpenVinoEngine:
         properties |= {"INFERENCE_NUM_THREADS": str(self._threads)} if self._threads else {}
         parts = {
             **{"target": self.name, "graph": file, "shapes": _shapes_text(shapes), "bundle": self.manifest.key},
-            **{
-                f"sha256 of {name}": entry.sha256 for name, entry in self.manifest.files.items() if _is_part(name, file)
-            },
+            **{f"sha256 of {name}": sha256 for name, sha256 in graph_hashes(self.manifest, file).items()},
             **{"openvino": _core().get_versions("CPU")["CPU"].build_number, "device": device_name(), **properties},
         }
         compiled = self._read_back(parts, properties)
@@ -260,9 +261,3 @@ def _infer(compiled: Compiled, feed: Mapping[str, npt.NDArray[Any]]) -> dict[str
 
 def _shapes_text(shapes: Shapes) -> str:
     return "; ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
-
-
-def _is_part(name: str, graph: str) -> bool:
-    """Whether a bundle's file belongs to a graph: itself, and its weights."""
-    weights = "weights.data" if graph.startswith("unet") else f"{Path(graph).stem}.data"
-    return name in (graph, weights)

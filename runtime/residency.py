@@ -101,7 +101,8 @@ class Residency(Generic[V]):
     """Values in memory under a byte budget. Every method may be called from any thread.
 
     A pinned value stays until it is unpinned as often. `load` makes a value; `estimate` says what it will take before
-    it is made; `is_fresh` tells whether a value in memory still is what lies on disk.
+    it is made; `is_fresh` tells whether a value in memory still is what lies on disk; `shared_bytes`, what values hold
+    together beside what each takes.
     """
 
     def __init__(
@@ -112,8 +113,9 @@ class Residency(Generic[V]):
         *,
         ranking: Ranking | None = None,
         is_fresh: Callable[[V], bool] = lambda _: True,
+        shared_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._load, self._estimate, self._is_fresh = load, estimate, is_fresh
+        self._load, self._estimate, self._is_fresh, self._shared_bytes = load, estimate, is_fresh, shared_bytes
         self.budget_bytes = budget_bytes
         self._ranking = ranking or GreedyDual()
         self._changed = threading.Condition()
@@ -161,7 +163,7 @@ class Residency(Generic[V]):
 
     def used_bytes(self) -> int:
         with self._changed:
-            return sum(resident.loaded.bytes for resident in self._resident.values())
+            return self._shared_bytes() + sum(resident.loaded.bytes for resident in self._resident.values())
 
     def close(self) -> None:
         """Stop loading and forget everything."""

@@ -28,7 +28,7 @@ class TensorRtEngine(OrtEngine):
     name = "tensorrt"
     module = "tensorrt"
 
-    def _open_unet(self, threads: int | None) -> Any:
+    def _open_unet(self) -> Any:
         trt = import_tensorrt(self.module)
         kept = find_plan(self.bundle, self.name, cuda.compute_capability(), str(trt.__version__))
         check_engine(kept)

@@ -10,7 +10,7 @@ import numpy as np
 from personalq.bundle import read_manifest
 from personalq.errors import PersonalQError
 
-from ..engine import one_line
+from ..sessions import one_line
 from . import LEVELS, integrity, kernels, numerics, obedience
 from . import baseline as baselines
 from .check import Check, Pictures, Report, failed, headline, reason_of

@@ -10,7 +10,8 @@ import numpy as np
 
 from personalq.bundle import inside
 
-from ..engine import open_session, unet_file
+from ..engine import unet_file
+from ..sessions import open_session
 from .check import Check, at_least, at_most, equal
 from .subject import Subject
 

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from personalq.bundle import inside
 from personalq.numerics import snr_db
 
-from ..engine import open_session, unet_file
+from ..engine import unet_file
+from ..sessions import open_session
 from .obedience import LayerInGraph
 from .onnxfile import Array, Node, appended, cut_off, new_initializer, new_node
 from .subject import Subject

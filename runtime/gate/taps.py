@@ -16,7 +16,8 @@ from personalq.errors import BundleError
 from personalq.goldens import BLOCK_SAMPLES, LAYER_SAMPLES, sample_positions
 from personalq.rows import RowLayer
 
-from ..engine import Session, open_session, unet_file
+from ..engine import unet_file
+from ..sessions import Session, open_session
 from .obedience import LayerInGraph
 from .onnxfile import Graph, Node, appended, new_initializer, new_node, new_output
 from .subject import Subject

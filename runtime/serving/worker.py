@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +22,7 @@ from personalq.errors import PersonalQError
 from ..engine import open_engine
 from ..pipeline import Picture, Pipeline, Settings
 from ..residency import Loaded, Residency
+from ..sessions import is_shared, memory_bytes, shared_bytes
 from ..store import open_store
 from .messages import Message, pack, read
 from .options import MEGABYTE, DrawOptions
@@ -40,7 +42,11 @@ class Worker:
         self._writer = threading.Thread(target=self._write, name="write", daemon=True)
         self._writer.start()
         self._residency: Residency[Pipeline] = Residency(
-            self._load, self._estimate, round(options.budget_mb * MEGABYTE), is_fresh=is_unchanged
+            self._load,
+            self._estimate,
+            round(options.budget_mb * MEGABYTE),
+            is_fresh=is_unchanged,
+            shared_bytes=shared_bytes,
         )
         self._scheduler = Scheduler(self._residency, self.emit, options.max_batch)
         self._reporter = threading.Thread(target=self._report, name="report", daemon=True)
@@ -98,13 +104,20 @@ class Worker:
     def _load(self, key: str) -> Loaded[Pipeline]:
         name, _, bundle = key.partition("|")
         self._store.ensure(Path(bundle))
-        before = memory_bytes()
-        pipeline = Pipeline(open_engine(name, Path(bundle), self._options.threads or None))
-        took = memory_bytes() - before
-        return Loaded(pipeline, max(took, graph_bytes(pipeline.manifest)))
+        before = memory_bytes() - shared_bytes()
+        pipeline = Pipeline(open_engine(name, Path(bundle), self._threads))
+        took = memory_bytes() - shared_bytes() - before
+        return Loaded(pipeline, max(took, graph_bytes(pipeline.manifest, shared_graphs(pipeline.manifest))))
 
     def _estimate(self, key: str) -> int:
-        return graph_bytes(self._store.manifest(Path(key.partition("|")[2])))
+        manifest = self._store.manifest(Path(key.partition("|")[2]))
+        return graph_bytes(
+            manifest, [file for file in shared_graphs(manifest) if is_shared(manifest, file, self._threads)]
+        )
+
+    @property
+    def _threads(self) -> int | None:
+        return self._options.threads or None
 
     def _write(self) -> None:
         while (frame := self._frames.get()) is not None:
@@ -144,13 +157,22 @@ class Worker:
         }
 
 
-def graph_bytes(manifest: Manifest) -> int:
-    """Bytes of a bundle's graphs and weights on disk."""
-    return sum(entry.bytes for name, entry in manifest.files.items() if name.endswith(GRAPH_SUFFIXES))
+def graph_bytes(manifest: Manifest, without: Collection[str] = ()) -> int:
+    """Bytes of a bundle's graphs and weights on disk, those of the graphs `without` left out."""
+    left_out = {Path(file).stem for file in without}
+    files = {name: entry for name, entry in manifest.files.items() if Path(name).stem not in left_out}
+    return sum(entry.bytes for name, entry in files.items() if name.endswith(GRAPH_SUFFIXES))
+
+
+def shared_graphs(manifest: Manifest) -> list[str]:
+    """The graphs that ONNX Runtime opens once for all bundles with the same files."""
+    graphs = manifest.graphs
+    return [file for file in (graphs.text_encoder, graphs.text_encoder_2, graphs.vae_decoder) if file]
 
 
 def is_unchanged(pipeline: Pipeline) -> bool:
-    """Whether the bundle's files still have the sizes they were exported with; the cheap half of the check at opening."""
+    """Whether the bundle's files still have the sizes they were exported with (the cheap half of the check at opening), and
+    what the engine made of them is whole."""
     bundle = pipeline.engine.bundle
     for name, entry in pipeline.manifest.files.items():
         try:
@@ -158,16 +180,7 @@ def is_unchanged(pipeline: Pipeline) -> bool:
                 return False
         except OSError:
             return False
-    return True
-
-
-def memory_bytes() -> int:
-    """Private memory of this process in bytes (0 where /proc is not there)."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+    return pipeline.engine.is_whole()
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def test_the_quantised_unet_runs_on_integer_kernels_and_computes_the_same_withou
     quantised = sum(n for kind, n in read_manifest(bundle).census.items() if "int8/int8" in kind)
     assert sum(kind in INTEGER for kind in kinds) == quantised > 0
 
-    from runtime.engine import open_session
+    from runtime.sessions import open_session
 
     ours, triton = open_session(bundle / "unet.ort.onnx", None), session(file, optimised=False)
     feed = sample_feed(triton, (8, 8))

@@ -251,7 +251,7 @@ def write_bundle(folder: Path, *, form: str = "split", quantised: bool = True, *
 
 def seal(folder: Path, manifest: Manifest) -> None:
     """Write the manifest with the hashes of what lies in the folder, and a key that follows from them."""
-    names = sorted(file.name for file in folder.iterdir() if file.name != MANIFEST)
+    names = sorted(file.name for file in folder.iterdir() if file.is_file() and file.name != MANIFEST)
     files = {name: FileEntry(sha256=file_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in names}
     parts = dict(manifest.key_parts)
     spec = manifest.spec
@@ -325,9 +325,9 @@ def write_golden(folder: Path, reference: Path) -> None:
 
 def inner_outputs(reference: Path, rows: np.ndarray, times: np.ndarray, sample: np.ndarray) -> dict[str, np.ndarray]:
     """Samples of what the unquantised graph computes inside, for golden inputs."""
-    from runtime.engine import open_session
     from runtime.gate.onnxfile import read_graph
     from runtime.gate.taps import find_taps, tapped
+    from runtime.sessions import open_session
 
     file = reference / "unet.ort.onnx"
     taps = find_taps(read_graph(file), list(SIZES), [BLOCK], tuple(LAYERS))

@@ -11,8 +11,10 @@ import pytest
 from personalq.bundle import Graphs, read_manifest
 from personalq.errors import BundleError, EngineError, MissingExtraError, PersonalQError
 from runtime import engine as engine_module
-from runtime.engine import OrtEngine, has_int8_dot_product, one_line, open_engine, open_session
+from runtime import sessions as sessions_module
+from runtime.engine import OrtEngine, open_engine
 from runtime.pipeline import Pipeline
+from runtime.sessions import has_int8_dot_product, one_line, open_session
 
 
 def refusal(folder: Path, kind: type[PersonalQError]) -> str:
@@ -164,7 +166,7 @@ def test_missing_onnxruntime_names_the_extra(bundle: Path, monkeypatch: pytest.M
 def test_processors_without_int8_dot_product_are_known(
     monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, expected: bool
 ) -> None:
-    monkeypatch.setattr(engine_module.platform, "machine", lambda: machine)
+    monkeypatch.setattr(sessions_module.platform, "machine", lambda: machine)
     monkeypatch.setattr(Path, "read_text", lambda self: flags)
     assert has_int8_dot_product() is expected
 

@@ -78,6 +78,12 @@ def test_the_budget_holds_whatever_is_asked_for(disk: Disk) -> None:
     assert len(kept.snapshot()) == 3 and kept.counts.evictions == len(disk.loads) - 3
 
 
+def test_what_values_share_counts_against_the_budget(disk: Disk) -> None:
+    kept = Residency(disk.load, disk.size, 35, shared_bytes=lambda: 10)
+    use(kept, "a", "b", "c")
+    assert kept.used_bytes() == 30 and len(kept.snapshot()) == 2 and kept.counts.evictions == 1
+
+
 def test_what_is_in_use_is_not_evicted_and_a_new_engine_waits_for_room(disk: Disk) -> None:
     kept = residency(disk, 20)
     kept.pin("a").result(10)

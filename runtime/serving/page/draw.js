@@ -80,6 +80,7 @@ function begin() {
   byId("image").style.clipPath = "";
   byId("progress-box").hidden = false;
   byId("progress").removeAttribute("value");
+  byId("step").textContent = "";
   say("Asking Check-in ...");
 }
 
@@ -89,7 +90,8 @@ function follow(state, asked, event) {
     if (event.event === "queued") say(`Waiting for ${nameOf(state, event.checkpoint)} ...`);
     if (event.event === "step") {
       byId("progress").value = event.step / event.steps;
-      say(`Step ${event.step} of ${event.steps}`);
+      byId("step").textContent = `${event.step} of ${event.steps}`;
+      if (event.step === 1) say("Drawing ..."); // said once: a screen reader asks the progress bar for the rest
     }
   } else {
     show(event, `${event.type.endsWith("completed") ? "" : "Preview of "}${asked.prompt}`);

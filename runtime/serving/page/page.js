@@ -19,6 +19,7 @@ function show() {
     if (link.dataset.view === name) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
+  document.title = name === "draw" ? "PersonalQ" : `${name[0].toUpperCase()}${name.slice(1)} - PersonalQ`;
   views[name].enter?.();
   document.querySelector(`#view-${name} h1`).focus({ preventScroll: true });
 }

@@ -35,6 +35,7 @@ function card(state, row) {
   const kind = make("p", `${KINDS[told.kind] ?? told.kind} on ${told.base || "an unknown base"} `, { class: "kind" });
   kind.append(...told.trigger.slice(0, 2).map((trigger) => make("code", trigger)));
   const draw = button("Draw with it", () => state.use(row));
+  draw.setAttribute("aria-label", `Draw with ${told.name || row.id}`);
   draw.disabled = !told.is_drawable;
   const parts = [make("h2", told.name || row.id), kind, make("p", told.description), draw];
   return make("li", "", { "data-id": row.id }, sheet(state, row), make("div", "", { class: "body" }, ...parts));
@@ -48,7 +49,9 @@ function sheet(state, row) {
   } else if (state.sheets.has(row.id)) {
     fill(place, row, state.sheets.get(row.id));
   } else if (row.personalq.is_drawable) {
-    place.append(button("Contact sheet", () => drawSheet(state, row, place)));
+    const start = button("Contact sheet", () => drawSheet(state, row, place));
+    start.setAttribute("aria-label", `Contact sheet of ${row.personalq.name || row.id}`);
+    place.append(start);
   } else {
     place.append(make("p", "no bundle yet: personalq export"));
   }

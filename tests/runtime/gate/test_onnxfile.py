@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from personalq.errors import BundleError
-from runtime.engine import open_session
 from runtime.gate.onnxfile import (
     appended,
     cut_off,
@@ -16,6 +15,7 @@ from runtime.gate.onnxfile import (
     new_output,
     read_graph,
 )
+from runtime.sessions import open_session
 
 onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are read here: pip install 'personalq[export]'")
 

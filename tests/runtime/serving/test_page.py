@@ -88,6 +88,9 @@ def test_a_refusal_is_said_aloud_with_the_nearest_checkpoints(page: Any) -> None
 def test_the_repository_is_searched_and_draws_contact_sheets(page: Any) -> None:
     page.click("nav [data-view=repository]")
     page.wait_for_selector("#cards li")
+    assert page.title() == "Repository - PersonalQ"
+    names = page.locator("#cards button").evaluate_all("all => all.map((one) => one.getAttribute('aria-label'))")
+    assert len(set(names)) == len(names) == 6  # each says of which checkpoint
     assert page.inner_text("#count") == "3 of 3 checkpoints"
     page.fill("#find", "black dog")
     assert page.locator("#cards > li h2").all_inner_texts() == ["rex"]
