@@ -16,9 +16,10 @@ from personalq.card import Card, parse_card
 from personalq.checkin import Checkin, Decision, ask, index
 from personalq.checkin.answers import with_digits
 from personalq.checkin.bm25 import build_bm25
+from personalq.checkin.build import build_index, class_terms, documents, honest
 from personalq.checkin.encoder import Encoder, shared_encoder
 from personalq.checkin.features import gather
-from personalq.checkin.index import build_index, documents, honest, load_index
+from personalq.checkin.index import load_index
 from personalq.checkin.intent import families_in, parse_request, strip_command
 from personalq.checkin.rank import read_model
 from personalq.checkin.rewrite import rewrite
@@ -283,7 +284,7 @@ def test_stuffed_text_does_not_count() -> None:
     echoing = {"id": "echo", "name": "x", "kind": "lora", "trigger": [], "description": "dog photo " * 20}
     plain = {"id": "plain", "name": "x", "kind": "lora", "trigger": [], "description": "My dog.", "tags": ["dog"]}
     read = [parse_card(json.dumps(card), where="card")[0] for card in (*things, stuffed, echoing, plain)]
-    found = {card.id: card for card in honest(read)}
+    found = {card.id: honest(card, class_terms(read)) for card in read}
     assert found["all"].tags == () and found["echo"].description == ""
     assert found["plain"].tags == ("dog",) and found["plain"].description == "My dog."
 
