@@ -50,7 +50,9 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Return unit vectors (len(texts), 384) float32."""
-        return self.encode_rows(self.token_rows(texts))
+        distinct = list(dict.fromkeys(texts))
+        place = {text: i for i, text in enumerate(distinct)}
+        return self.encode_rows(self.token_rows(distinct))[[place[text] for text in texts]]
 
     def encode_rows(self, rows: Sequence[Sequence[int]]) -> Vectors:
         """Return unit vectors (len(rows), 384) float32 of texts given as tokens, laid end to end: nothing is padded."""

@@ -90,7 +90,7 @@ def columns_of(
         "head_regret": head_any.max(initial=0.0) - head_any,
         "all_regret": all_any.max(initial=0.0) - all_any,
         "name_regret": name_weight.max(initial=0.0) - name_weight,
-        "family": _agreement([families_in(_base_text(card)) for card in chosen], intent.families),
+        "family": _agreement(_families(chosen, intent), intent.families),
         "kind": _agreement([frozenset({card.kind}) for card in chosen], intent.kinds),
         "style_match": wants_style * is_style,
         "style_mismatch": wants_style * (1 - is_style),
@@ -118,6 +118,11 @@ def _name_cover(terms_: Terms, index: Index, places: NDArray[np.int64], match: M
     said = (terms_.weights[:, None] * match * np.where(terms_.zones == 2, 0.6, 1.0)[:, None]).sum(0)
     sizes = np.maximum(index.name_weights[places], 0.3)
     return np.minimum(said / sizes, 1.5).astype(np.float32), said.astype(np.float32)
+
+
+def _families(cards: Sequence[Card], intent: Intent) -> list[frozenset[str]]:
+    """Return the families of base models that each card names; nobody looks when none was asked for."""
+    return [families_in(_base_text(card)) if intent.families else frozenset() for card in cards]
 
 
 def _base_text(card: Card) -> str:

@@ -14,18 +14,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from .bm25 import Bm25
 from .composed import Composer
 from .encoder import WIDTH
-from .mapped import map_safetensors
+from .mapped import map_safetensors, write_safetensors
 from .strings import Strings
 
 VERSION = 7
 FIELDS = ("name", "class", "tags", "triggers", "description", "source")
 EXACT = 5000  # cards up to which each is encoded whole and compared exactly
-_REFINED, _DIRECTIONS = 512, 64
+_REFINED, _DIRECTIONS = 384, 64
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,14 @@ class Index:
     def cosines(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the cosines (Q, N) of unit vectors (Q, 384) with every card.
 
-        Large catalogues are compared in the 64 directions that vary most, and the best 1000 of each query exactly.
+        Large catalogues are compared in the 64 directions that vary most, and the best 384 of each query exactly.
         """
         if self.n_cards <= EXACT:
             return np.asarray(queries @ self._vectors32.T, np.float32)
         directions, coarse = self._coarse
         found = np.asarray((queries @ directions) @ coarse.T, np.float32)
-        for row, query in zip(found, queries, strict=True):
-            best = np.sort(np.argpartition(row, -_REFINED)[-_REFINED:])
-            row[best] = self.vectors[best].astype(np.float32) @ query
+        best = np.unique([np.argpartition(row, -_REFINED)[-_REFINED:] for row in found])
+        found[:, best] = queries @ self.vectors[best].astype(np.float32).T
         return found
 
     @functools.cached_property
@@ -125,13 +123,13 @@ _COMPOSER = ("centre", "weights", "offset")
 
 def save_index(index: Index, folder: Path) -> None:
     """Write an index into a folder."""
-    arrays: dict[str, NDArray[Any]] = {name: np.ascontiguousarray(getattr(index, name)) for name in _ARRAYS}
+    arrays: dict[str, NDArray[Any]] = {name: getattr(index, name) for name in _ARRAYS}
     for name in _STRINGS:
         arrays |= getattr(index, name).arrays(f"{name}.")
     arrays |= {f"bm25.{part}": getattr(index.bm25, part) for part in ("start", "docs", "weights")}
     if index.composer is not None:
         arrays |= {f"composer.{part}": getattr(index.composer, part) for part in _COMPOSER}
-    save_file(arrays, folder / "index.safetensors")
+    write_safetensors(arrays, folder / "index.safetensors")
     (folder / "index.json").write_text(json.dumps({"version": VERSION, "digest": index.digest}))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 import personalq.checkin.build as build
 from personalq.card import Card, parse_card
@@ -18,6 +19,7 @@ from personalq.checkin.build import build_index, card_text
 from personalq.checkin.composed import compose, token_rows
 from personalq.checkin.encoder import END, START, shared_encoder
 from personalq.checkin.index import Index, load_index, save_index
+from personalq.checkin.mapped import map_safetensors, write_safetensors
 from personalq.checkin.ranking import greatest
 from personalq.checkin.stored import StoredCards, store_cards
 from personalq.checkin.strings import Strings
@@ -61,6 +63,21 @@ def test_stored_cards_are_the_cards(tmp_path: Path) -> None:
     (tmp_path / "cards.jsonl").write_bytes(b"{}")
     with pytest.raises(ValueError, match=r"must be as long as cards.npy says, got 2 bytes"):
         StoredCards(tmp_path)
+
+
+def test_arrays_are_written_as_the_library_reads_them(tmp_path: Path) -> None:
+    arrays = {
+        "bytes": np.arange(7, dtype=np.uint8),
+        "none": np.zeros(0, np.int32),
+        "turned": np.arange(6, dtype=np.float64).reshape(2, 3).T,
+        "half": np.arange(5, dtype=np.float16),
+    }
+    write_safetensors(arrays, tmp_path / "x")
+    for read in (load_file(tmp_path / "x"), map_safetensors(tmp_path / "x")):
+        assert set(read) == set(arrays)
+        for name, array in arrays.items():
+            assert read[name].dtype == array.dtype
+            np.testing.assert_array_equal(read[name], array)
 
 
 def test_no_cards_can_be_stored(tmp_path: Path) -> None:
