@@ -17,7 +17,7 @@ from typing import Any
 
 from . import audit
 from .atomic import atomic_directory, named_failure, remove, temporary_beside, write_atomic
-from .card import MAX_CARD_BYTES, Card, dump_card, folder_name, id_from_folder, parse_card
+from .card import Card, dump_card, folder_name, id_from_folder, parse_card
 from .catalogues import read_rows
 from .collisions import owners_of, shared_triggers
 from .errors import CardError, PersonalQError, RepositoryError
@@ -26,6 +26,7 @@ from .header import read_header
 from .importers import Source, check_pipeline, list_files, read_source
 from .intake import copy_files, place_files
 from .layouts import is_original
+from .listing import card_at, listed_cards
 from .sharing import forget_dangling
 
 SHIPPED = Path(__file__).resolve().parent.parent / "gallery" / "repository"
@@ -121,7 +122,7 @@ class Repository:
     def each_card(self) -> Iterator[Card]:
         """Yield the cards of ``cards`` one by one without keeping them: for catalogues that memory does not hold."""
         listing = self.root / "checkpoints" / CARDS
-        listed = {card.id: offset for offset, card in self._listed()}
+        listed = {card.id: offset for offset, card in listed_cards(listing)}
         in_folders = {card.id: folder for folder, card in self._folder_cards()}
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(listing.open("rb")) if listed else None
@@ -130,8 +131,7 @@ class Repository:
                     card = audit.folder_card(in_folders[card_id])
                     yield from [card] if isinstance(card, Card) else []
                 else:
-                    file.seek(listed[card_id])
-                    yield from _read_line(file.readline(MAX_CARD_BYTES + 2), card_id)
+                    yield from card_at(file, listed[card_id])
 
     def card(self, card_id: str) -> Card:
         """Return one card; an unknown id is an error that names the nearest ones."""
@@ -287,14 +287,7 @@ class Repository:
         return self.root / "bases" / folder_name(base)
 
     def _listed_cards(self) -> list[Card]:
-        return [card for _, card in self._listed()]
-
-    def _listed(self) -> Iterator[tuple[int, Card]]:
-        """Yield the listed cards and the byte where each one's line begins."""
-        file = self.root / "checkpoints" / CARDS
-        for offset, line in _lines(file) if file.is_file() else ():
-            for card in _read_line(line, f"{file}: byte {offset}"):
-                yield offset, card
+        return [card for _, card in listed_cards(self.root / "checkpoints" / CARDS)]
 
     def _folder_cards(self) -> Iterator[tuple[Path, Card]]:
         for folder in audit.folders(self.root / "checkpoints"):
@@ -391,29 +384,6 @@ _FITS = {
 
 def _added(card: Card, warnings: tuple[str, ...]) -> Added:
     return Added(card.id, card.kind, card.base, card.trigger, card.class_noun, warnings)
-
-
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file that are not empty, each with the byte where it begins."""
-    try:
-        with file.open("rb") as handle:
-            offset = 0
-            while line := handle.readline(MAX_CARD_BYTES + 2):
-                if line.strip():
-                    yield offset, line
-                offset += len(line)
-    except OSError as error:
-        raise RepositoryError(
-            f"{file}: must be a readable JSONL file, got '{error.strerror}'; check the path"
-        ) from error
-
-
-def _read_line(line: bytes, where: str) -> list[Card]:
-    """Return the card on one line, or nothing when it is broken (``check`` reports it)."""
-    try:
-        return [Card.model_validate_json(line)]
-    except ValueError:
-        return audit.readable(line.decode("utf-8", "replace"), where)
 
 
 def _one_line(error: BaseException) -> str:

@@ -216,10 +216,17 @@ def test_bm25_scores_are_those_of_rank_bm25() -> None:
 
 
 def test_the_encoder_gives_unit_vectors_that_do_not_depend_on_the_batch() -> None:
-    together = shared_encoder().encode(["a dog", "a very long sentence about a cat", "a cat"])
-    alone = shared_encoder().encode(["a cat"])
+    texts = [
+        "a dog",
+        "a very long sentence about a cat",
+        "a cat",
+        *(f"checkpoint {'of a dog ' * n}" for n in range(30)),
+    ]
+    together = shared_encoder().encode([*texts, "a dog"])
+    alone = np.concatenate([shared_encoder().encode([text]) for text in texts])
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
-    np.testing.assert_allclose(together[2], alone[0], atol=1e-6)
+    np.testing.assert_allclose(together[:-1], alone, atol=1e-6)
+    np.testing.assert_array_equal(together[-1], together[0])
 
 
 def test_a_missing_onnxruntime_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
