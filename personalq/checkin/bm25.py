@@ -62,10 +62,14 @@ class Postings:
         order = np.argsort(term, kind="stable")
         term = term[order]
         doc = np.repeat(np.arange(n_docs, dtype=np.int32), np.array(self._distinct, np.int64))[order]
-        f = np.array(self._counts, np.float64)[order]
+        weights = np.array(self._counts, np.int32)[order].astype(np.float64)  # f, until all of it is put in place
+        del order
         df = np.bincount(term, minlength=n_terms).astype(np.float64)
         average = max(lengths.sum() / max(n_docs, 1), 1e-9)
-        weights = f * (K1 + 1) / (f + (K1 * (1 - B + B * lengths / average))[doc])
+        below = (K1 * (1 - B + B * lengths / average))[doc]
+        below += weights
+        weights *= K1 + 1
+        weights /= below
         weights *= _idf(df, n_docs)[term]
         start = np.concatenate([[0], np.cumsum(df)]).astype(np.int64)
         return Bm25(start, doc, weights, n_docs)

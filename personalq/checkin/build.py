@@ -170,6 +170,7 @@ def build_index(cards: Sequence[Card], encoder: Encoder, *, digest: str, old: In
     sorted_place = np.zeros(len(vocabulary), np.int32)
     order = np.array([found.numbers[t] for t in vocabulary], np.int64)
     sorted_place[order] = np.arange(len(vocabulary), dtype=np.int32)
+    bm25, found.postings = found.postings.weighed(len(vocabulary), sorted_place), Postings()
     phrases, renumbered = _kept_phrases(found)
     tag_start, tag_phrases = _kept_tags(found, renumbered)
     spelled = sorted(found.spelled)
@@ -181,7 +182,7 @@ def build_index(cards: Sequence[Card], encoder: Encoder, *, digest: str, old: In
     return Index(
         digest=digest,
         vocabulary=Strings.of(vocabulary),
-        bm25=found.postings.weighed(len(vocabulary), sorted_place),
+        bm25=bm25,
         df=np.array(found.df, np.int64)[order],
         field_start=_starts(found.field_sizes),
         field_terms=sorted_place[np.array(found.field_terms, np.int32)],

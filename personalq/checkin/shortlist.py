@@ -47,7 +47,7 @@ def shortlist(
     terms_: Terms, index: Index, bm25: NDArray[np.float64], dense: Matrix, dense_head: Matrix, triggered: Matrix
 ) -> NDArray[np.int64]:
     """Fuse the rankings by reciprocal rank, sum of 1 / (60 + rank), triggers first; return at most SHORTLIST places."""
-    score = np.where(triggered > 0, 10.0 * triggered, 0.0).astype(np.float64)
+    score = 10.0 * triggered.astype(np.float64)
     for ranking in (bm25, dense, dense_head):
         order = greatest(ranking, 4 * SHORTLIST)
         score[order] += 1.0 / (60.0 + np.arange(len(order)))
