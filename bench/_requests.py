@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personalq.card import Card, parse_card
+from personalq.checkin.build import build_index
 from personalq.checkin.encoder import Encoder, shared_encoder
 from personalq.checkin.features import Evidence, gather
-from personalq.checkin.index import Index, build_index
+from personalq.checkin.index import Index
 from personalq.checkin.intent import parse_request
 from personalq.checkin.words import terms
 

@@ -1,8 +1,9 @@
-"""How long Check-in takes over a large catalogue: made-up cards, one process of its own, one core.
+"""How long Check-in takes over a large catalogue, and how much memory: made-up cards, one core, fresh processes.
 
 python -m bench._scale N [REQUESTS]   prints one JSON object
 
-The cpu_ figures are processor time: on a machine that others use too, the ones to look at.
+Building and asking are processes of their own, each with its own peak. The cpu_ figures are processor time: on a
+machine that others use too, the ones to look at.
 """
 
 from __future__ import annotations
@@ -26,10 +27,20 @@ from ._requests import read_data
 
 
 def measure(n_cards: int, n_requests: int = 100) -> dict[str, Any]:
-    """Return what a fresh process on one core measures over ``n_cards`` made-up cards."""
-    command = [sys.executable, "-m", "bench._scale", str(n_cards), str(n_requests)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    """Return what fresh processes on one core measure over ``n_cards`` made-up cards."""
+    with tempfile.TemporaryDirectory() as folder:
+        root, cards = Path(folder) / "r", Path(folder) / "cards.jsonl"
+        write_cards(cards, n_cards)
+        _alone("add", str(root), str(cards))
+        built, asked = _alone("index", str(root)), _alone("ask", str(root), str(n_requests))
+    return {"cards": n_cards, **built, **asked}
+
+
+def _alone(step: str, *arguments: str) -> dict[str, Any]:
+    """Run one step in a process of its own, on one thread."""
+    command = [sys.executable, "-m", "bench._scale", step, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -52,25 +63,18 @@ def write_cards(file: Path, n_cards: int) -> None:
             out.write(json.dumps(card) + "\n")
 
 
-def _here(n_cards: int, n_requests: int) -> dict[str, Any]:
-    requests = [r["request"] for r in read_data()[1]][:n_requests]
-    with tempfile.TemporaryDirectory() as folder:
-        cards = Path(folder) / "cards.jsonl"
-        write_cards(cards, n_cards)
-        Repository.open(Path(folder) / "r", create=True).add_cards(cards)
-        child = os.fork()  # the index is built by a process of its own: its memory is not the asking one's
-        if not child:
-            report = index(Repository.open(Path(folder) / "r")).to_json() | {"cpu": time.process_time()}
-            (Path(folder) / "report.json").write_text(json.dumps(report))
-            os._exit(0)
-        os.waitpid(child, 0)
-        built = json.loads((Path(folder) / "report.json").read_text())
-        asked = _ask(Path(folder) / "r", requests)
-        index_ = {"index_seconds": built["seconds"], "index_cpu_seconds": built["cpu"], "index_bytes": built["bytes"]}
-        return {"cards": n_cards, **index_, **asked}
+def _index(root: str) -> dict[str, Any]:
+    report = index(Repository.open(root))
+    return {
+        "index_seconds": report.seconds,
+        "index_cpu_seconds": round(time.process_time(), 2),
+        "index_bytes": report.bytes,
+        "index_peak_mb": _peak_mb(),
+    }
 
 
-def _ask(root: Path, requests: list[str]) -> dict[str, float]:
+def _ask(root: str, n_requests: str) -> dict[str, float]:
+    requests = [r["request"] for r in read_data()[1]][: int(n_requests)]
     started = time.perf_counter()
     checkin = Checkin(Repository.open(root))
     checkin.ask("my dog on the beach")
@@ -82,13 +86,24 @@ def _ask(root: Path, requests: list[str]) -> dict[str, float]:
         cpu.append(1e3 * (time.process_time() - before))
     return {
         "open_seconds": round(opened, 2),
-        "p50_ms": float(np.percentile(milliseconds, 50)),
-        "p95_ms": float(np.percentile(milliseconds, 95)),
-        "cpu_p50_ms": float(np.percentile(cpu, 50)),
-        "cpu_p95_ms": float(np.percentile(cpu, 95)),
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "p50_ms": round(float(np.percentile(milliseconds, 50)), 2),
+        "p95_ms": round(float(np.percentile(milliseconds, 95)), 2),
+        "cpu_p50_ms": round(float(np.percentile(cpu, 50)), 2),
+        "cpu_p95_ms": round(float(np.percentile(cpu, 95)), 2),
+        "peak_mb": _peak_mb(),
     }
 
 
+def _peak_mb() -> float:
+    """Return this process's peak resident memory, pages of mapped files included."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+
+
+def _add(root: str, cards: str) -> dict[str, Any]:
+    return {"added": len(Repository.open(root, create=True).add_cards(Path(cards)).added)}
+
+
 if __name__ == "__main__":
-    print(json.dumps(_here(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 100)))
+    steps = {"add": _add, "index": _index, "ask": _ask}
+    step, *rest = sys.argv[1:]
+    print(json.dumps(steps[step](*rest) if step in steps else measure(int(step), *map(int, rest))))

@@ -1,12 +1,13 @@
 """Does Check-in find the right checkpoint, ask when it should, and refuse when nothing fits?
 
-    python -m bench.ask [--folds 5] [--subs 40] [--made 200]
+    python -m bench.ask [--folds 5] [--subs 40] [--made 200] [--sizes 400,75000]
 
 Every dev request is decided by a model fitted without it (5 folds over requests). Prints a table, then one JSON object.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import tempfile
@@ -18,16 +19,19 @@ from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 from personalq.checkin import Checkin, Decision
 from personalq.checkin.bm25 import build_bm25
-from personalq.checkin.encoder import shared_encoder
-from personalq.checkin.index import documents
+from personalq.checkin.build import card_text, documents
+from personalq.checkin.composed import compose, token_rows
+from personalq.checkin.encoder import WIDTH, shared_encoder
 from personalq.checkin.rank import read_model
 from personalq.checkin.words import terms
 from personalq.repository import Repository
 
 from ._requests import DATA, make_examples, read_data
+from ._scale import measure
 from .fit_checkin import fit
 
 
@@ -51,22 +55,54 @@ class Row:
         return bool(found) and found[0].id in self.request["gold"]
 
 
-def cross_validate(folds: int, subs: int, made: int) -> list[Row]:
-    """Decide every dev request with a model that has not seen it."""
+def cross_validate(folds: int, subs: int, made: int) -> tuple[list[Row], list[Row]]:
+    """Decide every dev request with a model that has not seen it; and again over composed vectors, as a large catalogue."""
     requests = read_data()[1]
     examples = make_examples(subs, made)
     fold_of = np.random.default_rng(0).permutation(len(requests)) % folds
     rows: dict[int, Row] = {}
+    composed_rows: dict[int, Row] = {}
+    composed = composed_vectors()
     with tempfile.TemporaryDirectory() as folder:
         repository = Repository.open(Path(folder) / "catalog", create=True)
         repository.add_cards(DATA / "catalog_real.jsonl")
         for fold in range(folds):
             held_out = {requests[i]["request"] for i in np.flatnonzero(fold_of == fold)}
             model = read_model(fit([e for e in examples if e.request.text not in held_out]))
-            checkin = Checkin(repository, model=model)
+            checkin, large = Checkin(repository, model=model), Checkin(repository, model=model)
+            large.index = dataclasses.replace(large.index, vectors=composed)
             for i in np.flatnonzero(fold_of == fold):
                 rows[int(i)] = _decide(checkin, requests[i])
-    return [rows[i] for i in range(len(requests))]
+                composed_rows[int(i)] = _decide(large, requests[i])
+    return tuple([found[i] for i in range(len(requests))] for found in (rows, composed_rows))
+
+
+def composed_vectors(folds: int = 4) -> NDArray[np.float16]:
+    """Return the real catalogue's vectors as a large one would have them; no card is in the sample its map is fitted on.
+
+    The sample has 300 cards here and 2000 in a catalogue large enough, so this loses more than such a one does.
+    """
+    texts = [card_text(card) for card in sorted(read_data()[0], key=lambda card: card.id)]
+    fold_of = np.random.default_rng(1).permutation(len(texts)) % folds
+    found = np.zeros((len(texts), WIDTH), np.float16)
+    for fold in range(folds):
+        known, held_out = (np.flatnonzero(np.equal(fold_of, fold) == is_out) for is_out in (False, True))
+        rows = token_rows([texts[i] for i in known], shared_encoder())
+        composer = compose(rows, shared_encoder(), out=np.zeros((len(known), WIDTH), np.float16))
+        composer.fill(found, held_out, token_rows([texts[i] for i in held_out], shared_encoder()), shared_encoder())
+    return found
+
+
+def composed_recall(shown: int = 60, best: int = 10) -> float:
+    """Return how many of the cards whose own vectors are nearest to a dev request are near it when composed."""
+    cards, requests = read_data()
+    asked = shared_encoder().encode([r["request"] for r in requests])
+    whole = shared_encoder().encode([card_text(card) for card in sorted(cards, key=lambda card: card.id)])
+    nearest, composed = (
+        np.argsort(-(asked @ vectors.T), axis=1, kind="stable")[:, :n]
+        for vectors, n in ((whole, best), (composed_vectors().astype(np.float32), shown))
+    )
+    return _mean([i in near for wanted, near in zip(nearest, composed, strict=True) for i in wanted])
 
 
 def _decide(checkin: Checkin, request: dict[str, Any]) -> Row:
@@ -148,14 +184,21 @@ def failures(rows: Sequence[Row]) -> list[str]:
 @click.option("--folds", default=5)
 @click.option("--subs", default=40, help="random parts of catalogues to fit on")
 @click.option("--made", default=200, help="requests made from cards to fit on")
+@click.option("--sizes", default="400", help="catalogue sizes to time, such as 400,75000 (the large one takes minutes)")
 @click.option("--show-failures", is_flag=True)
-def main(folds: int, subs: int, made: int, show_failures: bool) -> None:
-    """Cross-validate Check-in on the dev set."""
+def main(folds: int, subs: int, made: int, sizes: str, show_failures: bool) -> None:
+    """Cross-validate Check-in on the dev set, and time it over made-up catalogues."""
     started = time.perf_counter()
-    rows = cross_validate(folds, subs, made)
-    total, simple = summary(rows), baselines()
+    rows, composed_rows = cross_validate(folds, subs, made)
+    total, simple, large = summary(rows), baselines(), summary(composed_rows)
+    speed = [measure(int(size)) for size in sizes.split(",") if size]
     click.echo(table(rows, total))
     click.echo("top-1 of " + ", ".join(f"{name} {value:.3f}" for name, value in simple.items()))
+    keys = ("top1", "selected_right", "ask_f1", "abstain_f1", "right_after_answer")
+    recall = composed_recall()
+    click.echo(f"composed vectors: {', '.join(f'{k} {large[k]:.3f}' for k in keys)}; 10 nearest among 60: {recall:.3f}")
+    for row in speed:
+        click.echo(", ".join(f"{key} {value}" for key, value in row.items()))
     for line in failures(rows) if show_failures else ():
         click.echo(line)
     kinds = dict.fromkeys(r.request["kind"] for r in rows)
@@ -164,6 +207,8 @@ def main(folds: int, subs: int, made: int, show_failures: bool) -> None:
         **total,
         "english": summary([r for r in rows if r.request["kind"] != "non_english"]),
         "baselines_top1": simple,
+        "composed": {**large, "recall": recall},
+        "speed": speed,
         "rows": [{"kind": kind, **summary([r for r in rows if r.request["kind"] == kind])} for kind in kinds],
         "folds": folds,
         "seconds": round(time.perf_counter() - started, 1),

@@ -5,18 +5,19 @@ Everything is published by rename, so a reader never meets half a checkpoint and
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import audit
 from .atomic import atomic_directory, named_failure, remove, temporary_beside, write_atomic
-from .card import MAX_CARD_BYTES, Card, dump_card, folder_name, id_from_folder, parse_card
+from .card import Card, dump_card, folder_name, id_from_folder, parse_card
 from .catalogues import read_rows
 from .collisions import owners_of, shared_triggers
 from .errors import CardError, PersonalQError, RepositoryError
@@ -25,6 +26,7 @@ from .header import read_header
 from .importers import Source, check_pipeline, list_files, read_source
 from .intake import copy_files, place_files
 from .layouts import is_original
+from .listing import card_at, listed_cards
 from .sharing import forget_dangling
 
 SHIPPED = Path(__file__).resolve().parent.parent / "gallery" / "repository"
@@ -113,9 +115,23 @@ class Repository:
         stamp = audit.stamp(self.root / "checkpoints", CARDS)
         if self._cards is None or self._cards[0] != stamp:
             cards = {card.id: card for card in self._listed_cards()}
-            cards |= {card.id: card for card in self._folder_cards()}
+            cards |= {card.id: card for _, card in self._folder_cards()}
             self._cards = (stamp, dict(sorted(cards.items())))
         return list(self._cards[1].values())
+
+    def each_card(self) -> Iterator[Card]:
+        """Yield the cards of ``cards`` one by one without keeping them: for catalogues that memory does not hold."""
+        listing = self.root / "checkpoints" / CARDS
+        listed = {card.id: offset for offset, card in listed_cards(listing)}
+        in_folders = {card.id: folder for folder, card in self._folder_cards()}
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(listing.open("rb")) if listed else None
+            for card_id in sorted(listed.keys() | in_folders):
+                if file is None or card_id in in_folders:
+                    card = audit.folder_card(in_folders[card_id])
+                    yield from [card] if isinstance(card, Card) else []
+                else:
+                    yield from card_at(file, listed[card_id])
 
     def card(self, card_id: str) -> Card:
         """Return one card; an unknown id is an error that names the nearest ones."""
@@ -186,7 +202,10 @@ class Repository:
             return self._digest[1]
         digest = hashlib.sha256()
         for file in audit.card_files(place, CARDS):
-            digest.update(f"{file.relative_to(place)}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+            digest.update(f"{file.relative_to(place)}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as opened:
+                while part := opened.read(1 << 20):
+                    digest.update(part)
         self._digest = (stamp, digest.hexdigest())
         return self._digest[1]
 
@@ -268,20 +287,13 @@ class Repository:
         return self.root / "bases" / folder_name(base)
 
     def _listed_cards(self) -> list[Card]:
-        file = self.root / "checkpoints" / CARDS
-        found = []
-        for number, line in _lines(file) if file.is_file() else ():
-            try:
-                found.append(Card.model_validate_json(line))
-            except ValueError:
-                found.extend(audit.readable(line, f"{file}:{number}"))
-        return found
+        return [card for _, card in listed_cards(self.root / "checkpoints" / CARDS)]
 
-    def _folder_cards(self) -> Iterable[Card]:
+    def _folder_cards(self) -> Iterator[tuple[Path, Card]]:
         for folder in audit.folders(self.root / "checkpoints"):
             card = audit.folder_card(folder)
             if isinstance(card, Card):
-                yield card
+                yield folder, card
 
     def _write_list(self, cards: Iterable[Card]) -> None:
         lines = (card.model_dump_json(exclude_defaults=True) for card in sorted(cards, key=lambda c: c.id))
@@ -372,20 +384,6 @@ _FITS = {
 
 def _added(card: Card, warnings: tuple[str, ...]) -> Added:
     return Added(card.id, card.kind, card.base, card.trigger, card.class_noun, warnings)
-
-
-def _lines(file: Path) -> Iterable[tuple[int, str]]:
-    try:
-        with file.open(encoding="utf-8", errors="replace") as handle:
-            number = 0
-            while line := handle.readline(MAX_CARD_BYTES + 2):
-                number += 1
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise RepositoryError(
-            f"{file}: must be a readable JSONL file, got '{error.strerror}'; check the path"
-        ) from error
 
 
 def _one_line(error: BaseException) -> str:

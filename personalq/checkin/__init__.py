@@ -15,7 +15,6 @@ from ..repository import Repository
 from .decision import Candidate, Decision
 from .dialogue import Checkin, write_index
 from .encoder import shared_encoder
-from .index import build_index, load_index
 from .judge import Judge, judge_at
 
 __all__ = ["Asker", "Candidate", "Checkin", "Decision", "IndexReport", "Judge", "ask", "index", "judge_at"]
@@ -71,8 +70,6 @@ def index(repository: Repository) -> IndexReport:
     """Build the index and publish it; cards that did not change keep their vectors. Raises RepositoryError."""
     started = time.perf_counter()
     folder = repository.root / "index"
-    old = load_index(folder, digest=None)
-    built = build_index(repository.cards(), shared_encoder(), digest=repository.digest(), old=old)
-    write_index(built, folder)
+    n_cards = write_index(repository, shared_encoder(), folder)
     size = sum(file.stat().st_size for file in folder.iterdir())
-    return IndexReport(built.n_cards, round(time.perf_counter() - started, 3), size)
+    return IndexReport(n_cards, round(time.perf_counter() - started, 3), size)

@@ -6,7 +6,9 @@ Negative idf is lifted to 0.25 of the mean idf, as rank-bm25 does. Every posting
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,21 +39,48 @@ class Bm25:
         total[self.docs[span]] += factor * self.weights[span]
 
 
-def build_bm25(documents: Sequence[Sequence[int]], n_terms: int) -> Bm25:
+class Postings:
+    """Documents taken in one by one, kept as numbers."""
+
+    def __init__(self) -> None:
+        self._terms, self._counts, self._distinct, self._lengths = (array("i") for _ in range(4))
+
+    def add(self, document: Sequence[int]) -> None:
+        """Take in the next document, a sequence of term numbers."""
+        counts = Counter(document)
+        self._terms.extend(counts)
+        self._counts.extend(counts.values())
+        self._distinct.append(len(counts))
+        self._lengths.append(len(document))
+
+    def weighed(self, n_terms: int, renumbered: NDArray[np.int32] | None = None) -> Bm25:
+        """Return the weights; ``renumbered`` (n_terms,) gives each term the number it has from now on."""
+        n_docs = len(self._lengths)
+        lengths = np.array(self._lengths, np.float64)
+        term = np.array(self._terms, np.int32)
+        term = term if renumbered is None else renumbered[term]
+        order = np.argsort(term, kind="stable")
+        term = term[order]
+        doc = np.repeat(np.arange(n_docs, dtype=np.int32), np.array(self._distinct, np.int64))[order]
+        weights = np.array(self._counts, np.int32)[order].astype(np.float64)  # f, until all of it is put in place
+        del order
+        df = np.bincount(term, minlength=n_terms).astype(np.float64)
+        average = max(lengths.sum() / max(n_docs, 1), 1e-9)
+        below = (K1 * (1 - B + B * lengths / average))[doc]
+        below += weights
+        weights *= K1 + 1
+        weights /= below
+        weights *= _idf(df, n_docs)[term]
+        start = np.concatenate([[0], np.cumsum(df)]).astype(np.int64)
+        return Bm25(start, doc, weights, n_docs)
+
+
+def build_bm25(documents: Iterable[Sequence[int]], n_terms: int) -> Bm25:
     """Weigh documents of vocabulary ids. Empty corpora give no postings."""
-    n_docs = len(documents)
-    lengths = np.array([len(d) for d in documents], np.float64)
-    flat = np.array([t for d in documents for t in d], np.int64)
-    owner = np.repeat(np.arange(n_docs, dtype=np.int64), lengths.astype(np.int64))
-    keys, counts = np.unique(flat * max(n_docs, 1) + owner, return_counts=True)
-    term, doc = np.divmod(keys, max(n_docs, 1))
-    df = np.bincount(term, minlength=n_terms).astype(np.float64)
-    idf = _idf(df, n_docs)
-    average = lengths.sum() / max(n_docs, 1)
-    f = counts.astype(np.float64)
-    weights = idf[term] * (f * (K1 + 1) / (f + K1 * (1 - B + B * lengths[doc] / max(average, 1e-9))))
-    start = np.concatenate([[0], np.cumsum(df)]).astype(np.int64)
-    return Bm25(start, doc.astype(np.int32), weights, n_docs)
+    postings = Postings()
+    for document in documents:
+        postings.add(document)
+    return postings.weighed(n_terms)
 
 
 def _idf(df: NDArray[np.float64], n_docs: int) -> NDArray[np.float64]:

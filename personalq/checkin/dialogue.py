@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +17,16 @@ from ..card import Card
 from ..errors import CheckinError, RepositoryError
 from ..repository import Repository
 from .answers import answer_scores, chosen_option, named_card, says_none, with_digits
+from .build import build_index, plain
 from .decision import Candidate, Decision
 from .encoder import Encoder, shared_encoder
 from .explain import MAX_OPTIONS, explained_words, option_order, option_texts, question, reasons
 from .features import Evidence, gather
-from .index import Index, build_index, honest, load_index, save_index
+from .index import Index, load_index, save_index
 from .judge import MAX_CANDIDATES, Judge, Judgement
 from .rank import Model, fits_nothing, posterior, rivals, scores, shipped_model, with_judgement
 from .rewrite import rewrite
+from .stored import StoredCards, store_cards
 
 MAX_QUESTIONS = 2
 MAX_ANSWERS = 8
@@ -49,9 +52,8 @@ class Checkin:
     def __init__(self, repository: Repository, *, encoder: Encoder | None = None, model: Model | None = None) -> None:
         self._encoder = encoder or shared_encoder()
         self._model = model or shipped_model()
-        self.cards: list[Card] = repository.cards()
-        self._honest = honest(self.cards)
-        self.index = open_index(repository, self.cards, self._encoder)
+        self.index, self.cards = open_index(repository, self._encoder)
+        self._honest = _Honest(self.cards, self.index)
 
     def ask(self, request: str, answers: Sequence[str] = (), *, judge: Judge | None = None) -> Decision:
         """Decide what ``request`` means, given the answers to the questions asked so far, in order.
@@ -158,22 +160,53 @@ class Checkin:
         return Decision("clarify", None, None, text, option_texts(shown), candidates, _since(started))
 
 
-def open_index(repository: Repository, cards: list[Card], encoder: Encoder) -> Index:
-    """Return the repository's index: from disk when it fits the cards, else built, and kept when the folder allows."""
-    digest = repository.digest()
-    found = load_index(repository.root / "index", digest=None)
-    if found is not None and found.digest == digest and found.ids == [card.id for card in cards]:
-        return found
-    index = build_index(cards, encoder, digest=digest, old=found)
-    with contextlib.suppress(RepositoryError, OSError):  # a folder that cannot be written is asked from memory
-        write_index(index, repository.root / "index")
-    return index
+class _Honest(Sequence[Card]):
+    """The cards as they are scored: stuffed ones without the text that is stuffed."""
+
+    def __init__(self, cards: Sequence[Card], index: Index) -> None:
+        self._cards, self._stuffed = cards, index.stuffed
+
+    @overload
+    def __getitem__(self, place: int) -> Card: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Card]: ...
+    def __getitem__(self, place: int | slice) -> Card | list[Card]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        card = self._cards[place]
+        return plain(card) if self._stuffed[place] else card
+
+    def __len__(self) -> int:
+        return len(self._cards)
 
 
-def write_index(index: Index, folder: Path) -> None:
-    """Publish an index folder whole, in place of an older one. Raises RepositoryError."""
+def open_index(repository: Repository, encoder: Encoder) -> tuple[Index, Sequence[Card]]:
+    """Return the repository's index and its cards: from disk when they are up to date, else built.
+
+    What is built is kept when the folder allows; a folder that cannot be written is asked from memory.
+    """
+    folder, digest = repository.root / "index", repository.digest()
+    for _ in range(2):
+        with contextlib.suppress(OSError, ValueError):
+            index, cards = load_index(folder, digest=digest), StoredCards(folder)
+            if index is not None and index.n_cards == len(cards):
+                return index, cards
+        with contextlib.suppress(RepositoryError, OSError):
+            write_index(repository, encoder, folder)
+    kept = repository.cards()
+    return build_index(kept, encoder, digest=digest, old=load_index(folder, digest=None)), kept
+
+
+def write_index(repository: Repository, encoder: Encoder, folder: Path) -> int:
+    """Build the index and publish its folder whole, in place of an older one; return how many cards it is of.
+
+    Cards that did not change keep their vectors. Raises RepositoryError.
+    """
+    digest, old = repository.digest(), load_index(folder, digest=None)
     with atomic_directory(folder, replace=True) as place:
-        save_index(index, place)
+        cards = store_cards(repository.each_card(), place)
+        save_index(build_index(cards, encoder, digest=digest, old=old), place)
+        return len(cards)
 
 
 def _abstain(candidates: tuple[Candidate, ...], started: float) -> Decision:

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from ..errors import CheckinError, MissingExtraError
 
 WIDTH = 384
+START, END = 101, 102  # the tokens that every text begins and ends with
 FOLDER = Path(__file__).parent / "encoder"
-_BATCH = 16
+_RUN = 128  # tokens that are encoded at once: more make attention dearer, fewer read the weights more often
 Vectors = NDArray[np.float32]
 
 
 class Encoder:
-    """One loaded model. Deterministic: one thread, and a text's vector does not depend on its batch."""
+    """One loaded model. Deterministic: one thread, and each text is encoded as if it were alone."""
 
     def __init__(self, folder: Path = FOLDER) -> None:
         try:
@@ -43,19 +44,45 @@ class Encoder:
         """Tell whether the tokenizer knows ``word`` whole: then it is a common word and not a typo."""
         return self._tokenizer.token_to_id(word) is not None
 
+    def token_rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of texts, marks of beginning and end with them, at most 128 each."""
+        return [row.ids for row in self._tokenizer.encode_batch(list(texts))]
+
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """Return unit vectors (len(texts), 384) float32. Texts of equal length share a batch, so nothing is padded."""
-        rows = [row.ids for row in self._tokenizer.encode_batch(list(texts))]
+        """Return unit vectors (len(texts), 384) float32."""
+        distinct = list(dict.fromkeys(texts))
+        place = {text: i for i, text in enumerate(distinct)}
+        return self.encode_rows(self.token_rows(distinct))[[place[text] for text in texts]]
+
+    def encode_rows(self, rows: Sequence[Sequence[int]]) -> Vectors:
+        """Return unit vectors (len(rows), 384) float32 of texts given as tokens, laid end to end: nothing is padded."""
         vectors = np.zeros((len(rows), WIDTH), np.float32)
-        by_length: dict[int, list[int]] = {}
-        for place, ids in enumerate(rows):
-            by_length.setdefault(len(ids), []).append(place)
-        for places in by_length.values():
-            for start in range(0, len(places), _BATCH):
-                batch = places[start : start + _BATCH]
-                ids = np.array([rows[place] for place in batch], np.int64)
-                vectors[batch] = self._session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0]
+        start = 0
+        for end in _cuts([len(ids) for ids in rows]):
+            vectors[start:end] = self._session.run(None, _laid_out(rows[start:end]))[0]
+            start = end
         return vectors
+
+
+def _cuts(lengths: Sequence[int]) -> list[int]:
+    """Return the ends of consecutive groups of texts of at most _RUN tokens in all (a longer text is alone)."""
+    ends, total = [], 0
+    for place, length in enumerate(lengths):
+        if total and total + length > _RUN:
+            ends.append(place)
+            total = 0
+        total += length
+    return [*ends, len(lengths)] if lengths else []
+
+
+def _laid_out(rows: Sequence[Sequence[int]]) -> dict[str, NDArray[np.int64]]:
+    """Return the graph's inputs for token rows: ids, places within their text, and the number of their text (T,)."""
+    lengths = [len(ids) for ids in rows]
+    return {
+        "input_ids": np.array([i for ids in rows for i in ids], np.int64),
+        "positions": np.concatenate([np.arange(n) for n in lengths]),
+        "texts": np.repeat(np.arange(len(rows)), lengths),
+    }
 
 
 @functools.cache

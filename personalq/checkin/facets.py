@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -33,18 +34,20 @@ def match_fields(terms_: Terms, index: Index, places: NDArray[np.int64]) -> Matr
     n_fields = len(FIELDS)
     if not terms_.texts or not len(index.field_terms):
         return np.zeros((len(terms_.texts), n_fields, len(places)), np.float32)
-    table = np.zeros((len(terms_.texts), len(index.vocabulary) + 1), np.float32)
+    known = np.array(sorted({term for found in terms_.expansions for term in found}), np.int64)
+    table = np.zeros((len(terms_.texts), len(known) + 1), np.float32)  # the last column: every other term
     for row, found in enumerate(terms_.expansions):
-        for term, value in found.items():
-            table[row, term] = value
+        table[row, np.searchsorted(known, list(found))] = list(found.values())
     cells = (places[:, None] * n_fields + np.arange(n_fields)).ravel()
     sizes = index.field_start[cells + 1] - index.field_start[cells] + 1  # one empty term each: no segment is empty
     starts = np.cumsum(sizes) - sizes
     inside = np.arange(int(sizes.sum())) - np.repeat(starts, sizes)
     is_term = inside < np.repeat(sizes - 1, sizes)
     source = np.repeat(index.field_start[cells], sizes) + inside
-    ids = np.where(is_term, index.field_terms[np.minimum(source, len(index.field_terms) - 1)], len(index.vocabulary))
-    best = np.maximum.reduceat(table[:, ids], starts, axis=1)
+    ids = np.where(is_term, index.field_terms[np.minimum(source, len(index.field_terms) - 1)], -1)
+    column = np.searchsorted(known, ids)
+    is_known = np.append(known, -2)[column] == ids
+    best = np.maximum.reduceat(table[:, np.where(is_known, column, len(known))], starts, axis=1)
     return np.asarray(best.reshape(len(terms_.texts), len(places), n_fields).transpose(0, 2, 1), np.float32)
 
 
@@ -87,7 +90,7 @@ def columns_of(
         "head_regret": head_any.max(initial=0.0) - head_any,
         "all_regret": all_any.max(initial=0.0) - all_any,
         "name_regret": name_weight.max(initial=0.0) - name_weight,
-        "family": _agreement([families_in(_base_text(card)) for card in chosen], intent.families),
+        "family": _agreement(_families(chosen, intent), intent.families),
         "kind": _agreement([frozenset({card.kind}) for card in chosen], intent.kinds),
         "style_match": wants_style * is_style,
         "style_mismatch": wants_style * (1 - is_style),
@@ -113,13 +116,13 @@ def _head_words(terms_: Terms) -> list[int]:
 def _name_cover(terms_: Terms, index: Index, places: NDArray[np.int64], match: Matrix) -> tuple[Matrix, Matrix]:
     """Return how much of each card's name the request says (weighted share), and the weight of what it says."""
     said = (terms_.weights[:, None] * match * np.where(terms_.zones == 2, 0.6, 1.0)[:, None]).sum(0)
-    scale = np.log(index.n_cards + 1.0) + 1e-6
-    sizes = np.zeros(len(places), np.float32)
-    for row, place in enumerate(places):
-        cell = place * len(FIELDS)
-        ids = index.field_terms[index.field_start[cell] : index.field_start[cell + 1]]
-        sizes[row] = float((np.log((index.n_cards + 1) / (index.df[ids] + 0.5)) / scale).sum())
-    return np.minimum(said / np.maximum(sizes, 0.3), 1.5).astype(np.float32), said.astype(np.float32)
+    sizes = np.maximum(index.name_weights[places], 0.3)
+    return np.minimum(said / sizes, 1.5).astype(np.float32), said.astype(np.float32)
+
+
+def _families(cards: Sequence[Card], intent: Intent) -> list[frozenset[str]]:
+    """Return the families of base models that each card names; nobody looks when none was asked for."""
+    return [families_in(_base_text(card)) if intent.families else frozenset() for card in cards]
 
 
 def _base_text(card: Card) -> str:
@@ -136,7 +139,10 @@ def _colour_clash(terms_: Terms, cards: Sequence[Card], anywhere: Matrix) -> Mat
     asked = [i for i, t in enumerate(terms_.texts) if stem(t) in _COLOURS and terms_.zones[i] < 2]
     if not asked:
         return np.zeros(len(cards), np.float32)
-    has_colour = np.array(
-        [bool(_COLOURS & {stem(w) for w in words(f"{c.name} {c.description} {' '.join(c.tags)}")}) for c in cards]
-    )
+    has_colour = np.array([_has_colour(f"{c.name} {c.description} {' '.join(c.tags)}") for c in cards])
     return np.asarray(has_colour & (anywhere[asked].max(0) < 0.5), np.float32)
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_colour(text: str) -> bool:
+    return bool(_COLOURS & {stem(word) for word in words(text)})

@@ -12,7 +12,7 @@ from ..card import Card
 from .encoder import Encoder
 from .facets import columns_of, match_fields
 from .gloss import gloss
-from .index import Index, phrase_key
+from .index import Index
 from .intent import MAX_REQUEST, Intent, parse_request
 from .request_terms import Matrix, Terms, add_meanings, expand, request_terms, unknown_phrases
 from .shortlist import bm25_scores, shortlist, trigger_hits
@@ -61,7 +61,7 @@ def gather(request: str, cards: Sequence[Card], index: Index, encoder: Encoder) 
     places = shortlist(found, index, bm25, dense, dense_head, np.maximum(rare, 0.3 * common))
     match = match_fields(found, index, places)
     columns = columns_of(intent, cards, index, places, match, found)
-    columns |= _meanings(index, [cards[p] for p in places], places, vectors[1])
+    columns |= _meanings(index, places, vectors[1])
     columns |= {
         "dense": dense[places],
         "dense_head": dense_head[places],
@@ -86,15 +86,13 @@ def _standing(cosine: Matrix, places: NDArray[np.int64]) -> Matrix:
     )
 
 
-def _meanings(index: Index, cards: Sequence[Card], places: NDArray[np.int64], head: Matrix) -> dict[str, Matrix]:
+def _meanings(index: Index, places: NDArray[np.int64], head: Matrix) -> dict[str, Matrix]:
     """Return how near the head's meaning (384,) comes to each card's class noun, and to its nearest tag, each (C,)."""
     classes = index.card_class[places]
-    if not index.phrases:
+    if not len(index.phrases):
         return {"class_meaning": np.zeros(len(places), np.float32), "tag_meaning": np.zeros(len(places), np.float32)}
     cosine = index.phrase_vectors32 @ head
     by_class = np.where(classes >= 0, cosine[np.maximum(classes, 0)], 0.0).astype(np.float32)
-    tags = [
-        [index.phrases[key] for tag in card.tags[:12] if (key := phrase_key(tag)) in index.phrases] for card in cards
-    ]
-    by_tag = np.array([cosine[found].max() if found else 0.0 for found in tags], np.float32)
+    spans = [index.tag_phrases[index.tag_start[place] : index.tag_start[place + 1]] for place in places]
+    by_tag = np.array([cosine[span].max(initial=-1.0) if len(span) else 0.0 for span in spans], np.float32)
     return {"class_meaning": by_class, "tag_meaning": np.maximum(by_tag, by_class)}

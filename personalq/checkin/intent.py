@@ -5,6 +5,7 @@ The zones are hints for the scorer, not decisions: terms outside the head still 
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -174,6 +175,7 @@ def style_parts(text: str) -> tuple[str, str] | None:
     return None
 
 
+@functools.lru_cache(maxsize=4096)
 def families_in(text: str) -> frozenset[str]:
     """Return the model families a text names: sd1, sd2, sd3, sdxl, flux, flux2."""
     plain = text.replace("_", " ")

@@ -59,7 +59,8 @@ def expand(words_: list[tuple[str, int]], index: Index) -> Terms:
     scale = np.log(index.n_cards + 1.0) + 1e-6
     for word, _ in words_:
         parts = split_term(word)
-        found = {index.vocabulary[t]: 1.0 if t == parts[0] else 0.7 for t in parts if t in index.vocabulary}
+        numbers = ((index.vocabulary.get(part), 1.0 if part == parts[0] else 0.7) for part in parts)
+        found = {number: value for number, value in numbers if number is not None}
         df = max((int(index.df[i]) for i in found), default=0)
         expansions.append(found)
         is_filler = stem(word) in FILLER
@@ -101,17 +102,17 @@ def _near_phrases(phrase: str, vector: Matrix, index: Index) -> dict[int, float]
 
     What shares a word with the phrase is near for that word's sake: a 'cuckoo clock' is not an 'alarm clock'.
     """
-    if not index.phrases:
+    if not len(index.phrases):
         return {}
     cosine = index.phrase_vectors32 @ vector
     said = {stem(word) for word in phrase.split()}
     found: dict[int, float] = {}
     for place in np.argsort(-cosine, kind="stable")[:6]:
-        parts = words(index.phrase_texts[place])
+        parts = words(index.phrases.text(int(place)))
         if cosine[place] >= 0.55 and not said & {stem(part) for part in parts}:
             value = float(min(0.9, 0.3 + 2.0 * (cosine[place] - 0.55)))
             for part in parts:
                 for term in split_term(part)[:1]:
-                    if term in index.vocabulary:
-                        found.setdefault(index.vocabulary[term], value)
+                    if (number := index.vocabulary.get(term)) is not None:
+                        found.setdefault(number, value)
     return found

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .index import Index
 from .intent import Intent
+from .ranking import greatest
 from .request_terms import Matrix, Terms
 from .words import fold
 
@@ -27,9 +28,11 @@ def trigger_hits(intent: Intent, index: Index) -> tuple[Matrix, Matrix]:
     """Return two (N,) arrays: 1 where a made-up trigger stands in the request, 1 where an ordinary phrase does."""
     text = " ".join(fold(intent.text).split())
     rare, common = np.zeros(index.n_cards, np.float32), np.zeros(index.n_cards, np.float32)
-    for key in _whole_phrases(text) & index.triggers.keys():
-        places, is_rare = index.triggers[key]
-        (rare if is_rare else common)[places] = 1.0
+    for phrase in _whole_phrases(text):
+        if (number := index.triggers.get(phrase)) is None:
+            continue
+        places = index.trigger_cards[index.trigger_start[number] : index.trigger_start[number + 1]]
+        (rare if index.trigger_rare[number] else common)[places] = 1.0
     return rare, common
 
 
@@ -44,18 +47,8 @@ def shortlist(
     terms_: Terms, index: Index, bm25: NDArray[np.float64], dense: Matrix, dense_head: Matrix, triggered: Matrix
 ) -> NDArray[np.int64]:
     """Fuse the rankings by reciprocal rank, sum of 1 / (60 + rank), triggers first; return at most SHORTLIST places."""
-    score = np.where(triggered > 0, 10.0 * triggered, 0.0).astype(np.float64)
+    score = 10.0 * triggered.astype(np.float64)
     for ranking in (bm25, dense, dense_head):
-        order = _best(np.asarray(ranking, np.float64), 4 * SHORTLIST)
+        order = greatest(ranking, 4 * SHORTLIST)
         score[order] += 1.0 / (60.0 + np.arange(len(order)))
-    return _best(score, SHORTLIST)
-
-
-def _best(scores: NDArray[np.float64], n: int) -> NDArray[np.int64]:
-    """Return the places of the n greatest scores, greatest first, equal ones by place."""
-    if len(scores) > 4 * n:
-        least = np.partition(scores, -n)[-n]
-        some = np.flatnonzero(scores >= least)
-    else:
-        some = np.arange(len(scores))
-    return np.asarray(some[np.argsort(-scores[some], kind="stable")][:n], np.int64)
+    return greatest(score, SHORTLIST)

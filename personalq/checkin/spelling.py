@@ -9,6 +9,7 @@ import numpy as np
 
 from .encoder import Encoder
 from .index import Index
+from .ranking import greatest
 from .words import edit_distance, grams, split_term, words
 
 
@@ -27,12 +28,12 @@ def _spelling(word: str, index: Index) -> str:
 
     Two typos in a short word are believed only when nearly all letters are still there: a teapot is not a tarot.
     """
-    pairs = [index.gram_ids[g] for g in dict.fromkeys(grams(word)) if g in index.gram_ids]
+    pairs = [place for gram in dict.fromkeys(grams(word)) if (place := index.grams.get(gram)) is not None]
     if not pairs:
         return ""
     hits = np.concatenate([index.gram_words[index.gram_start[p] : index.gram_start[p + 1]] for p in pairs])
-    shared = np.bincount(hits, minlength=len(index.spelled))
-    best = [index.spelled[int(i)] for i in np.argsort(-shared, kind="stable")[:40] if shared[i] >= 2]
+    shared = np.bincount(hits, minlength=len(index.spellings))
+    best = [index.spellings.text(int(i)) for i in greatest(shared, 40) if shared[i] >= 2]
     close = [(edit_distance(word, other, 2), other[0] != word[0], other) for other in best if _may_be(word, other)]
     distance, _, right = min(close, default=(3, True, ""))
     return right if distance <= 2 else ""

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _WORD = re.compile(r"[^\W_]+")
+_OWNER = re.compile(r"['\u2019]s\b")
 _NUMBERS = {
     "first": "1", "second": "2", "third": "3", "fourth": "4", "fifth": "5",
     "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
@@ -25,8 +26,10 @@ STOP = frozenset(
 
 def fold(text: str) -> str:
     """Lower-case, drop accents and apostrophe-s: the form in which literal strings are compared."""
+    if text.isascii():
+        return _OWNER.sub("", text.lower()) if "'" in text else text.lower()
     plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return re.sub(r"['\u2019]s\b", "", unicodedata.normalize("NFC", plain).casefold())
+    return _OWNER.sub("", unicodedata.normalize("NFC", plain).casefold())
 
 
 def words(text: str) -> list[str]:

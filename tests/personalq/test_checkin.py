@@ -16,9 +16,10 @@ from personalq.card import Card, parse_card
 from personalq.checkin import Checkin, Decision, ask, index
 from personalq.checkin.answers import with_digits
 from personalq.checkin.bm25 import build_bm25
+from personalq.checkin.build import build_index, class_terms, documents, honest
 from personalq.checkin.encoder import Encoder, shared_encoder
 from personalq.checkin.features import gather
-from personalq.checkin.index import build_index, documents, honest, load_index
+from personalq.checkin.index import load_index
 from personalq.checkin.intent import families_in, parse_request, strip_command
 from personalq.checkin.rank import read_model
 from personalq.checkin.rewrite import rewrite
@@ -215,10 +216,17 @@ def test_bm25_scores_are_those_of_rank_bm25() -> None:
 
 
 def test_the_encoder_gives_unit_vectors_that_do_not_depend_on_the_batch() -> None:
-    together = shared_encoder().encode(["a dog", "a very long sentence about a cat", "a cat"])
-    alone = shared_encoder().encode(["a cat"])
+    texts = [
+        "a dog",
+        "a very long sentence about a cat",
+        "a cat",
+        *(f"checkpoint {'of a dog ' * n}" for n in range(30)),
+    ]
+    together = shared_encoder().encode([*texts, "a dog"])
+    alone = np.concatenate([shared_encoder().encode([text]) for text in texts])
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
-    np.testing.assert_allclose(together[2], alone[0], atol=1e-6)
+    np.testing.assert_allclose(together[:-1], alone, atol=1e-6)
+    np.testing.assert_array_equal(together[-1], together[0])
 
 
 def test_a_missing_onnxruntime_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +291,7 @@ def test_stuffed_text_does_not_count() -> None:
     echoing = {"id": "echo", "name": "x", "kind": "lora", "trigger": [], "description": "dog photo " * 20}
     plain = {"id": "plain", "name": "x", "kind": "lora", "trigger": [], "description": "My dog.", "tags": ["dog"]}
     read = [parse_card(json.dumps(card), where="card")[0] for card in (*things, stuffed, echoing, plain)]
-    found = {card.id: card for card in honest(read)}
+    found = {card.id: honest(card, class_terms(read)) for card in read}
     assert found["all"].tags == () and found["echo"].description == ""
     assert found["plain"].tags == ("dog",) and found["plain"].description == "My dog."
 
