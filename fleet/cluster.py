@@ -21,7 +21,7 @@ logger = logging.getLogger("personalq.fleet")
 
 @dataclass(frozen=True)
 class Needs:
-    """What one export takes of a machine. cpus: cores; gpus may be a fraction; memory in bytes."""
+    """What one export, or one replica that draws, takes of a machine. cpus: cores; gpus may be a fraction; memory in bytes."""
 
     cpus: int
     gpus: float
@@ -37,7 +37,7 @@ class Cluster:
     def __init__(self, work: Work, address: str, needs: Needs) -> None:
         self._ray, self._work, self._open = ray_module(), work, set[Any]()
         self._is_ours = connect(self._ray, address)
-        self._warn_misfit(needs)
+        warn_misfit(self._ray, needs)
         # Lost tasks are given out again by the run, which counts them. Threads must be known before numpy is imported.
         self._task = self._ray.remote(_do).options(
             num_cpus=needs.cpus,
@@ -73,19 +73,6 @@ class Cluster:
         for ref in list(self._open):
             self._ray.cancel(ref, force=True)
 
-    def _warn_misfit(self, needs: Needs) -> None:
-        """Say that no machine has what one export takes: Ray would wait for one, in silence."""
-        wanted = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.memory_bytes}
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        if not any(all(node.get(name, 0) >= value for name, value in wanted.items()) for node in nodes):
-            logger.warning(
-                "no machine of the cluster has %s cores, %s GPUs and %.0f MB for one export; waiting for one to join "
-                "(or ask for less: --threads, --gpus, --memory-mb)",
-                needs.cpus,
-                needs.gpus,
-                needs.memory_bytes / 1e6,
-            )
-
 
 def ray_module() -> Any:
     """Ray. Raises MissingExtraError."""
@@ -110,6 +97,22 @@ def connect(ray: Any, address: str) -> bool:
             "start one with 'ray start --head'"
         ) from error
     return True
+
+
+def warn_misfit(ray: Any, needs: Needs, what: str = "export", memory_option: str = "--memory-mb") -> None:
+    """Say that no machine has what one export (or replica) takes: Ray would wait for one, in silence."""
+    wanted = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.memory_bytes}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(name, 0) >= value for name, value in wanted.items()) for node in nodes):
+        logger.warning(
+            "no machine of the cluster has %s cores, %s GPUs and %.0f MB for one %s; waiting for one to join "
+            "(or ask for less: --threads, --gpus, %s)",
+            needs.cpus,
+            needs.gpus,
+            needs.memory_bytes / 1e6,
+            what,
+            memory_option,
+        )
 
 
 def _do(work_json: str, task: dict[str, Any]) -> dict[str, Any]:

@@ -91,8 +91,6 @@ class ClusterDrawing:
                 await self._call(waiting)
             except RayActorError:
                 self._lose(waiting)
-            except asyncio.CancelledError:
-                raise
             except Exception as error:  # the boundary: every picture gets an answer
                 for one in waiting:
                     self._answer(one, "Bug", f"drawing failed: {type(error).__name__}: {str(error)[:300]}")

@@ -9,9 +9,9 @@ from personalq.errors import FleetError
 from personalq.remote import Remote
 from personalq.repository import Repository
 from runtime.cache import take_cards
-from runtime.serving.options import ServeOptions
+from runtime.serving.options import MEGABYTE, ServeOptions
 
-from .cluster import connect, ray_module
+from .cluster import Needs, connect, ray_module, warn_misfit
 
 NAME = "personalq"
 
@@ -48,6 +48,8 @@ def serve_on_ray(options: ServeOptions, replicas: Replicas, address: str) -> Non
             raise FleetError(
                 f"--address {address or 'auto'}: this cluster serves a '{NAME}' already; stop that one first"
             )
+        needs = Needs(replicas.threads, replicas.gpus, round(options.draw.budget_mb * MEGABYTE))
+        warn_misfit(ray, needs, "replica", "--budget-mb")
         serve.run(application(options, replicas), name=NAME)
         print(f"personalq: http://{options.host}:{options.port}", file=sys.stderr, flush=True)
         told.wait()
