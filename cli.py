@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fleet.command import export_command
-from runtime.commands import asking_options, drawing_options, serving_options
+from fleet.command import export_command, serve_command
+from runtime.commands import asking_options, drawing_options
 from runtime.console import Commands, Result, each_line, progress, reports, start_logging, talk
 from runtime.gate.command import verify_command
 
@@ -190,13 +190,7 @@ def demo(out: Path) -> Result:
         return Result(run(out, opened(), report))
 
 
-@cli.command()
-@serving_options
-def serve(**options: Any) -> None:
-    """Serve the repository over HTTP: OpenAI-compatible images, Check-in, metrics, and a page at /."""
-    from runtime.serving.serve import serve_repository
-
-    serve_repository(opened(create=bool(options["store"])).root, **options)
+cli.add_command(serve_command(opened))
 
 
 @cli.command()

@@ -4,7 +4,8 @@
 
 Three copies of the repository, each exported from nothing but `families/`: one checkpoint after the other in one process;
 on a cluster of two nodes of this machine (ray.cluster_utils); there again, with a worker killed (SIGKILL) in the middle.
-Every file of every bundle is compared by sha256. The first two calibrate; the third takes the specs of the first.
+Every file of every bundle is compared by sha256. The first two calibrate, the third takes the specs of the first; with
+--keep-specs all three take those of --source, and nothing is calibrated.
 """
 
 from __future__ import annotations
@@ -109,14 +110,23 @@ def row(name: str, summary: Summary) -> dict[str, Any]:
 @click.option("--threads", type=int, default=1, show_default=True, help="Cores of one export, and of one node.")
 @click.option("--verify", default="none", show_default=True, help="The gate's last level.")
 @click.option("--memory-mb", type=float, default=4000.0, show_default=True, help="Of one node, and of one export.")
+@click.option("--keep-specs", is_flag=True, help="Take the specs of --source.")
 @click.option("--work", "place", type=click.Path(path_type=Path), help="Keep the three repositories here.")
 def main(
-    source: Path, most: int, spec: Path | None, threads: int, verify: str, memory_mb: float, place: Path | None
+    source: Path,
+    most: int,
+    spec: Path | None,
+    threads: int,
+    verify: str,
+    memory_mb: float,
+    keep_specs: bool,
+    place: Path | None,
 ) -> None:
     """Export the same checkpoints three times and compare every byte."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = place or Path(temporary)
-        first = fresh(source, folder / "sequential")
+        kept = ("specs",) if keep_specs else ()
+        first = fresh(source, folder / "sequential", *kept)
         ids = [entry.card.id for entry in Repository.open(first).entries() if entry.has_weights][:most]
         memory = round(memory_mb * 1e6)
 
@@ -125,7 +135,7 @@ def main(
 
         rows = [row("one process", export(work_in(first), ids, Pool(work_in(first), 1)))]
         wanted = digests(first)
-        second, third = fresh(first, folder / "cluster"), fresh(first, folder / "killed", "specs")
+        second, third = fresh(first, folder / "cluster", *kept), fresh(first, folder / "killed", "specs")
         needs = Needs(threads, 0.0, memory)
         with two_nodes(work_in(second), memory) as made:
             rows.append(row("two nodes", export(work_in(second), ids, Cluster(work_in(second), made.address, needs))))

@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.numpy import save
 
 from personalq.atomic import write_atomic
 from personalq.card import Card, is_style
@@ -15,6 +14,7 @@ from personalq.errors import RepositoryError
 from personalq.goldens import VERSION
 from personalq.header import read_header
 
+from .blob import same_bytes
 from .model import encode, packed_rows
 from .outputs import sampled_outputs
 from .prompts import subject_of
@@ -99,8 +99,7 @@ def write_reference(
         "layers": json.dumps(seen.layer_sizes),
         "blocks": json.dumps(seen.block_sizes),
     }
-    blob = save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, metadata=metadata)
-    write_atomic(path, blob)
+    write_atomic(path, same_bytes(tensors, metadata))
 
 
 def _steps_taken(

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save
 from torch import nn
 
 from personalq.atomic import write_atomic
 
+from .blob import same_bytes
 from .histogram import Histogram
 from .model import quantisable_layers
 from .sensitivity import Points
@@ -49,7 +49,7 @@ def save_observation(
         tensors[f"points.{field.name}"] = getattr(points, field.name).numpy()
     moments = {"|".join(name): _numbers(m) for name, m in rows.moments.items()}
     header = {"key": key, "samples": str(samples), "moments": json.dumps(moments), "counts": json.dumps(rows.counts)}
-    write_atomic(path, save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata=header))
+    write_atomic(path, same_bytes(tensors, header))
 
 
 def load_observation(

@@ -4,6 +4,7 @@ The repository must be under the same path on every machine (a shared file syste
 """
 
 import logging
+import os
 import socket
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ logger = logging.getLogger("personalq.fleet")
 
 @dataclass(frozen=True)
 class Needs:
-    """What one export takes of a machine. cpus: cores; gpus may be a fraction; memory in bytes."""
+    """What one export, or one replica that draws, takes of a machine. cpus: cores; gpus may be a fraction; memory in bytes."""
 
     cpus: int
     gpus: float
@@ -34,11 +35,9 @@ class Cluster:
     """
 
     def __init__(self, work: Work, address: str, needs: Needs) -> None:
-        self._ray, self._work, self._open = _ray(), work, set[Any]()
-        self._is_ours = not self._ray.is_initialized()
-        if self._is_ours:
-            self._connect(address)
-        self._warn_misfit(needs)
+        self._ray, self._work, self._open = ray_module(), work, set[Any]()
+        self._is_ours = connect(self._ray, address)
+        warn_misfit(self._ray, needs)
         # Lost tasks are given out again by the run, which counts them. Threads must be known before numpy is imported.
         self._task = self._ray.remote(_do).options(
             num_cpus=needs.cpus,
@@ -74,36 +73,46 @@ class Cluster:
         for ref in list(self._open):
             self._ray.cancel(ref, force=True)
 
-    def _connect(self, address: str) -> None:
-        try:
-            self._ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise FleetError(
-                f"--address {address or 'auto'}: must be a running Ray cluster, got '{line[:200]}'; "
-                "start one with 'ray start --head'"
-            ) from error
 
-    def _warn_misfit(self, needs: Needs) -> None:
-        """Say that no machine has what one export takes: Ray would wait for one, in silence."""
-        wanted = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.memory_bytes}
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        if not any(all(node.get(name, 0) >= value for name, value in wanted.items()) for node in nodes):
-            logger.warning(
-                "no machine of the cluster has %s cores, %s GPUs and %.0f MB for one export; waiting for one to join "
-                "(or ask for less: --threads, --gpus, --memory-mb)",
-                needs.cpus,
-                needs.gpus,
-                needs.memory_bytes / 1e6,
-            )
-
-
-def _ray() -> Any:
+def ray_module() -> Any:
+    """Ray. Raises MissingExtraError."""
     try:
         import ray
     except ModuleNotFoundError as error:
         raise MissingExtraError("ray", "ray") from error
     return ray
+
+
+def connect(ray: Any, address: str) -> bool:
+    """Connect to a cluster, or start one; False when this process was connected already. Raises FleetError."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we start tells nobody about it
+    try:
+        ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FleetError(
+            f"--address {address or 'auto'}: must be a running Ray cluster, got '{line[:200]}'; "
+            "start one with 'ray start --head'"
+        ) from error
+    return True
+
+
+def warn_misfit(ray: Any, needs: Needs, what: str = "export", memory_option: str = "--memory-mb") -> None:
+    """Say that no machine has what one export (or replica) takes: Ray would wait for one, in silence."""
+    wanted = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.memory_bytes}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(name, 0) >= value for name, value in wanted.items()) for node in nodes):
+        logger.warning(
+            "no machine of the cluster has %s cores, %s GPUs and %.0f MB for one %s; waiting for one to join "
+            "(or ask for less: --threads, --gpus, %s)",
+            needs.cpus,
+            needs.gpus,
+            needs.memory_bytes / 1e6,
+            what,
+            memory_option,
+        )
 
 
 def _do(work_json: str, task: dict[str, Any]) -> dict[str, Any]:

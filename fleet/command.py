@@ -1,4 +1,4 @@
-"""`personalq export` as a click command: one checkpoint, or many over processes and machines. Imports nothing heavy."""
+"""`personalq export` and `personalq serve` as click commands: on this machine, or on many. Imports nothing heavy."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from personalq.errors import RepositoryError
-from runtime.commands import exporting_options, fleet_options
+from runtime.commands import exporting_options, fleet_options, serving_options
 from runtime.console import Result, progress, reports
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ ONE_ONLY = ("lint", "triton", "layout", "out")
 BUNDLE_ONLY = ("targets", "settings", "lint", "triton", "store")
 MANY_ONLY = ("workers", "threads", "memory_mb", "retries", "verify", "on", "address", "gpus")
 OF_RAY = ("address", "gpus")
+SERVED_ON_RAY = (*OF_RAY, "replicas", "max_replicas", "threads")
 
 
 def export_command(opened: "Callable[[], Repository]") -> click.Command:
@@ -46,6 +47,46 @@ def export_command(opened: "Callable[[], Repository]") -> click.Command:
         return _one(opened(), id_, **options) if id_ is not None else _many(opened(), ids, **options)
 
     return export
+
+
+def serve_command(opened: "Callable[..., Repository]") -> click.Command:
+    """The command. opened: the repository of --repo; create=True makes it."""
+
+    @click.command()
+    @serving_options
+    def serve(on: str, **options: Any) -> None:
+        """Serve the repository over HTTP: OpenAI-compatible images, Check-in, metrics, and a page at /."""
+        if on == "local":
+            _refuse_given(SERVED_ON_RAY, "--on ray")
+        root = opened(create=bool(options["store"])).root
+        ray = {name: options.pop(name) for name in SERVED_ON_RAY}
+        if on == "ray":
+            _serve_on_ray(root, options, **ray)
+            return
+        from runtime.serving.serve import serve_repository
+
+        serve_repository(root, **options)
+
+    return serve
+
+
+def _serve_on_ray(
+    root: Path,
+    options: dict[str, Any],
+    *,
+    address: str,
+    gpus: float | None,
+    replicas: int,
+    max_replicas: int | None,
+    threads: int,
+) -> None:
+    from runtime.serving.options import options_of
+
+    from .serve import Replicas, serve_on_ray
+
+    gpus = float(options["target"].startswith("tensorrt")) if gpus is None else gpus
+    size = Replicas(replicas, max(replicas, max_replicas or 0), threads, gpus)
+    serve_on_ray(options_of(root, threads=threads, **options), size, address)
 
 
 def _refuse_given(names: tuple[str, ...], goes_with: str) -> None:

@@ -11,6 +11,7 @@ from .gate import LEVELS
 TARGETS = click.Choice(["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"])
 _FILE = click.Path(path_type=Path)
 _TARGET = click.option("--target", type=TARGETS, default="onnxruntime", show_default=True)
+_ON = click.option("--on", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where.")
 
 _DRAWING = (
     click.option("--checkpoint", default="", help="Draw with this checkpoint; Check-in only writes the prompt."),
@@ -41,7 +42,7 @@ _FLEET = (
     ),
     click.option("--retries", type=click.IntRange(min=0), default=2, show_default=True, help="When a worker is lost."),
     click.option("--verify", type=click.Choice([*LEVELS, "none"]), default="images", show_default=True),
-    click.option("--on", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where."),
+    _ON,
     click.option("--address", default="", help="Of the Ray cluster. Default: this machine's."),
     click.option("--gpus", type=click.FloatRange(min=0), help="GPUs of one export on Ray. Default: 1 for tensorrt."),
 )
@@ -65,6 +66,12 @@ _SERVING = (
         "--cache-mb", type=click.FloatRange(min=1), default=20000.0, show_default=True, help="Of its bundles."
     ),
     click.option("--log-prompts", is_flag=True, help="Write prompts into the log."),
+    _ON,
+    click.option("--address", default="", help="Of the Ray cluster. Default: this machine's."),
+    click.option("--replicas", type=click.IntRange(min=1), default=2, show_default=True, help="That draw, on Ray."),
+    click.option("--max-replicas", type=click.IntRange(min=1), help="On Ray, when more is asked. Default: no more."),
+    click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Of a replica on Ray."),
+    click.option("--gpus", type=click.FloatRange(min=0), help="Of a replica on Ray. Default: 1 for tensorrt."),
 )
 
 Command = Callable[..., Any]

@@ -1,4 +1,7 @@
-"""A real S3 server on this machine: moto's, when its program is on the PATH (it cannot share an environment with us)."""
+"""A real S3 server on this machine: moto's, when its program is on the PATH.
+
+It cannot share an environment with us: botocore wants python-dateutil < 3, and what matplotlib has here is 4.
+"""
 
 import contextlib
 import shutil

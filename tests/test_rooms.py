@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -150,7 +151,7 @@ def test_constraints_pin_every_dependency() -> None:
             for i in range(len(PROJECT["optional-dependencies"][extra]))
         ),
     ]
-    names = {line.split(">")[0].split("=")[0].strip().lower().replace("_", "-") for line in wanted}
+    names = {re.split(r"[\[>=<]", line)[0].strip().lower().replace("_", "-") for line in wanted}
     assert names <= pinned
 
 

@@ -21,9 +21,9 @@ _TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8"
 _TYPES |= {".js": "text/javascript; charset=utf-8"}
 
 
-def create_app(options: ServeOptions) -> FastAPI:
-    """The application; its service starts and ends with it (`app.state.service`)."""
-    service = Service(options)
+def create_app(options: ServeOptions, service: Service | None = None) -> FastAPI:
+    """The application; its service starts and ends with it (`app.state.service`). service: one that draws elsewhere."""
+    service = service or Service(options)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

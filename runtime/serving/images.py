@@ -22,7 +22,7 @@ from ..store import open_store
 from .api import ApiError, ImageRequest, Json, check_length, check_limits, image_event
 from .metrics import Metrics
 from .options import ServeOptions
-from .process import Drawing, DrawProcess, Event, order
+from .process import Drawing, DrawProcess, Event, MakeDraws, order
 
 _KEPT_BYTES, _KEPT_SECONDS = 64 << 20, 600.0
 _PREFETCHED = 2  # most likely engines loaded while a question is open
@@ -40,17 +40,37 @@ class Chosen:
     decision: Decision | None = None
 
 
-class Service:
-    """What the routes call. Holds the repository, the drawing process and what is counted."""
+class Checkin:
+    """Check-in over a repository, one question at a time: the index in memory is shared."""
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(self, repository: Repository) -> None:
+        self._repository, self._one_at_a_time = repository, asyncio.Lock()
+
+    async def ask(self, request: str, answers: tuple[str, ...]) -> Decision:
+        """Raises CheckinError, RepositoryError or CardError."""
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(ask, self._repository, request, answers)
+
+
+Ask = Callable[[str, tuple[str, ...]], Awaitable[Decision]]
+
+
+class Service:
+    """What the routes call. Holds the repository, what draws and what is counted.
+
+    make_draws: what draws; ask_checkin: who decides. Left out, a process of this machine, and this process.
+    """
+
+    def __init__(
+        self, options: ServeOptions, make_draws: MakeDraws = DrawProcess, ask_checkin: Ask | None = None
+    ) -> None:
         self.options = options
         self.repository = Repository.open(options.draw.repository)
         self.store = open_store(self.repository.root, options.draw.store, options.draw.cache_mb)
         self.metrics = Metrics()
-        self.drawing = DrawProcess(options.draw, self.metrics.observe_residency, lambda: self.metrics.restarts.inc())
+        self.drawing = make_draws(options.draw, self.metrics.observe_residency, lambda: self.metrics.restarts.inc())
         self.is_draining = False
-        self._checkin = asyncio.Lock()
+        self._ask = ask_checkin or Checkin(self.repository).ask
         self._kept: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
         self._seconds_per_picture = 1.0
 
@@ -58,7 +78,7 @@ class Service:
         """Start drawing, and make Check-in's index ready."""
         await self.drawing.start()
         with contextlib.suppress(PersonalQError):  # an empty repository serves its page and says so when it is asked
-            await asyncio.to_thread(ask, self.repository, "a photo")
+            await self._ask("a photo", ())
 
     async def close(self) -> None:
         self.is_draining = True
@@ -74,8 +94,7 @@ class Service:
         for answer in answers:
             check_length(answer, self.options.limits, "answers")
         try:
-            async with self._checkin:  # the index in memory is shared
-                decision = await asyncio.to_thread(ask, self.repository, request, answers)
+            decision = await self._ask(request, answers)
         except (CheckinError, RepositoryError, CardError) as error:
             raise ApiError(400, "checkin", str(error), param="prompt") from error
         self.metrics.checkin.labels(decision.decision).inc()

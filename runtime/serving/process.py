@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from .messages import HEAD, Message, pack, sizes
 from .options import DrawOptions
@@ -41,6 +41,37 @@ class Drawing:
             yield event
             if event[0]["event"] in ("done", "error"):
                 return
+
+
+class Draws(Protocol):
+    """What draws for a server: a process of its own here, the replicas of a cluster in fleet."""
+
+    is_ready: asyncio.Event
+    restarts: int
+    residency: Message
+
+    @property
+    def outstanding(self) -> int:
+        """Pictures that wait or are being drawn."""
+
+    async def start(self) -> None:
+        """Start, and return when jobs are taken."""
+
+    async def close(self) -> None:
+        """End after what is being drawn."""
+
+    def submit(self, orders: list[Message], seconds: float) -> list[Drawing]:
+        """Queue the pictures of one request; their events come through the returned Drawings."""
+
+    def cancel(self, drawing: Drawing) -> None:
+        """Forget a picture: its slot is free at once."""
+
+    def prefetch(self, checkpoints: list[str]) -> None:
+        """Load these checkpoints' engines if there is room: somebody may ask for them next."""
+
+
+MakeDraws = Callable[[DrawOptions, Callable[[Message], None], Callable[[], None]], Draws]
+"""From options, what is called with each report of the engines in memory, and with each death of a drawing process."""
 
 
 class DrawProcess:

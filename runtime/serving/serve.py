@@ -30,7 +30,7 @@ def serve_repository(repository: Path, **options: Any) -> None:
 
 def serve(options: ServeOptions) -> None:
     """Serve until a signal; returns when the last request was answered."""
-    _start_access_log()
+    start_access_log()
     app = create_app(options)
     service = app.state.service
     config = uvicorn.Config(
@@ -61,7 +61,8 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _start_access_log() -> None:
+def start_access_log() -> None:
+    """One JSON line a request on stderr."""
     access = logging.getLogger("personalq.access")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
