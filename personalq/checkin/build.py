@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,34 +176,39 @@ def build_index(cards: Sequence[Card], encoder: Encoder, *, digest: str, old: In
     tag_start, tag_phrases = _kept_tags(found, renumbered)
     spelled = sorted(found.spelled)
     grams_, gram_start, gram_words = _gram_postings(spelled)
-    text_keys = _text_keys(found.texts)
-    vectors, composer = _vectors(found.texts, text_keys, encoder, old)
     triggers = sorted(found.triggers)
     trigger_cards = [found.triggers[key][1] for key in triggers]
+    words_: dict[str, Any] = {
+        "vocabulary": Strings.of(vocabulary),
+        "df": np.array(found.df, np.int64)[order],
+        "field_start": _starts(found.field_sizes),
+        "field_terms": sorted_place[np.array(found.field_terms, np.int32)],
+        "stuffed": np.array(found.stuffed, np.uint8),
+        "card_class": renumbered[np.array(found.nouns, np.int64)],
+        "spellings": Strings.of(spelled),
+        "triggers": Strings.of(triggers),
+        "trigger_start": _starts([len(one) for one in trigger_cards]),
+        "trigger_cards": np.fromiter(chain.from_iterable(trigger_cards), np.int32),
+        "trigger_rare": np.array([_is_made_up(*found.triggers[key], found, encoder) for key in triggers], np.uint8),
+    }
+    texts = found.texts
+    del found, vocabulary, order, sorted_place, spelled, triggers, trigger_cards  # memory, before vectors want it
+    text_keys = _text_keys(texts)
+    vectors, composer = _vectors(texts, text_keys, encoder, old)
     return Index(
         digest=digest,
-        vocabulary=Strings.of(vocabulary),
         bm25=bm25,
-        df=np.array(found.df, np.int64)[order],
-        field_start=_starts(found.field_sizes),
-        field_terms=sorted_place[np.array(found.field_terms, np.int32)],
-        stuffed=np.array(found.stuffed, np.uint8),
         text_keys=text_keys,
         vectors=vectors,
         composer=composer,
         phrases=Strings.of(phrases),
         phrase_vectors=_phrase_vectors(phrases, encoder, old),
-        card_class=renumbered[np.array(found.nouns, np.int64)],
         tag_start=tag_start,
         tag_phrases=tag_phrases,
-        spellings=Strings.of(spelled),
         grams=grams_,
         gram_start=gram_start,
         gram_words=gram_words,
-        triggers=Strings.of(triggers),
-        trigger_start=_starts([len(one) for one in trigger_cards]),
-        trigger_cards=np.fromiter(chain.from_iterable(trigger_cards), np.int32),
-        trigger_rare=np.array([_is_made_up(*found.triggers[key], found, encoder) for key in triggers], np.uint8),
+        **words_,
     )
 
 

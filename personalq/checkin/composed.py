@@ -17,7 +17,8 @@ from .encoder import END, START, WIDTH, Encoder, Vectors
 
 SAMPLE = 2000  # texts that are encoded whole to fit the map
 _RIDGE = 90  # cards' worth of belief that the map is nothing: the best of 1 to 1200 on the real catalogue
-_CHUNK = 512
+_CHUNK = 512  # texts that are split into tokens at once
+_MEANS = 64  # texts whose tokens' vectors are in memory at once: about 5 MB
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class Composer:
         self._fill(out, places, rows, _token_vectors(rows, encoder))
 
     def _fill(self, out: NDArray[np.float16], places: NDArray[np.int64], rows: TokenRows, tokens: _Tokens) -> None:
-        for begin in range(0, len(rows), _CHUNK):
-            mean = _means(rows, begin, min(begin + _CHUNK, len(rows)), tokens)
-            out[places[begin : begin + _CHUNK]] = _unit((mean - self.centre) @ self.weights + self.offset)
+        for begin in range(0, len(rows), _MEANS):
+            mean = _means(rows, begin, min(begin + _MEANS, len(rows)), tokens)
+            out[places[begin : begin + _MEANS]] = _unit((mean - self.centre) @ self.weights + self.offset)
 
 
 def compose(rows: TokenRows, encoder: Encoder, *, out: NDArray[np.float16]) -> Composer:
