@@ -9,7 +9,6 @@ another checkpoint of it (no torch), `quantize_static` is the peer: the FP32 UNe
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -58,23 +57,22 @@ quantize_static(source, target, One(), quant_format=QuantFormat.QDQ, per_channel
     nodes_to_exclude=attention)
 print("{}")
 """
+# The most this process held, by the kernel's count that begins at exec: wait4's ru_maxrss starts at the parent's peak.
+PEAK = """
+from pathlib import Path
+print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+"""
 
 
 def measured(code: str, *arguments: Any) -> dict[str, Any]:
     """Run Python code in a process of its own; its JSON line, wall seconds and peak resident bytes."""
     started = time.perf_counter()
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(command, stdout=out, cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.perf_counter() - started
-        out.seek(0)
-        lines = out.read().strip().splitlines()
-    if process.returncode:
-        raise click.ClickException(f"a measured process ended with {process.returncode}; its message is above")
-    told = json.loads(lines[-1])
-    return {**told, "seconds": round(seconds, 2), "peak_rss_bytes": usage.ru_maxrss * 1024}
+    done = subprocess.run([sys.executable, "-c", code + PEAK, *map(str, arguments)], stdout=subprocess.PIPE, cwd=ROOT)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise click.ClickException(f"a measured process ended with {done.returncode}; its message is above")
+    *_, told, kilobytes = done.stdout.decode().strip().splitlines()
+    return {**json.loads(told), "seconds": round(seconds, 2), "peak_rss_bytes": int(kilobytes) * 1024}
 
 
 def measure(folder: Path, arch: str, with_peer: bool, progress: Any) -> list[dict[str, Any]]:
