@@ -17,6 +17,7 @@ import numpy as np
 from personalq.bundle import Manifest, read_manifest
 
 Run = Callable[[], Any]
+Opened = tuple[Run, dict[str, Any]]  # one step, and facts about how it is run
 LENGTH = 77
 
 
@@ -54,50 +55,59 @@ def conditioning(manifest: Manifest, batch: int) -> dict[str, Any]:
     return made
 
 
-def bundle_engine(name: str) -> Callable[[Path, int], Run]:
+def bundle_engine(name: str) -> Callable[[Path, int], Opened]:
     """The runtime's own engine on a bundle, bound as the pipeline binds it."""
 
-    def opened(bundle: Path, batch: int) -> Run:
+    def opened(bundle: Path, batch: int) -> Opened:
         from runtime.engine import open_engine
 
         engine = open_engine(name, bundle)
         manifest = engine.manifest
         denoise = engine.denoiser(conditioning(manifest, batch), manifest.latent.height, manifest.latent.width)
         sample = latents(manifest, batch)
-        return lambda: denoise(sample, 500.0)
+        return lambda: denoise(sample, 500.0), {}
 
     return opened
 
 
-def openvino_graph(precision: str) -> Callable[[Path, int], Run]:
+def openvino_graph(precision: str) -> Callable[[Path, int], Opened]:
     """A graph as it is on OpenVINO, static shapes, with a precision hint."""
 
-    def opened(bundle: Path, batch: int) -> Run:
+    def opened(bundle: Path, batch: int) -> Opened:
         import openvino as ov
 
         inputs, core = feeds(bundle, batch), ov.Core()
         model = core.read_model(bundle / "unet.ort.onnx")
         model.reshape({value.any_name: list(inputs[value.any_name].shape) for value in model.inputs})
         hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-        request = core.compile_model(model, "CPU", hints).create_infer_request()
-        return lambda: request.infer(inputs, share_inputs=True)
+        compiled = core.compile_model(model, "CPU", hints)
+        request = compiled.create_infer_request()
+        return lambda: request.infer(inputs, share_inputs=True), {"ran_in": product_types(compiled)}
 
     return opened
 
 
-def peer_graph(bundle: Path, batch: int) -> Run:
+def product_types(compiled: Any) -> dict[str, int]:
+    """What OpenVINO really computes convolutions and products in: '<layer type> <data type>' -> how many."""
+    told = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    kinds = [(one["layerType"].astype(str), one["runtimePrecision"].astype(str)) for one in told]
+    wanted = ("Convolution", "FullyConnected", "MatMul")
+    return dict(Counter(f"{layer} {dtype}" for layer, dtype in kinds if layer in wanted))
+
+
+def peer_graph(bundle: Path, batch: int) -> Opened:
     """quantize_static's graph on ONNX Runtime with its default optimisations, as its users run it."""
     import onnxruntime as ort
 
     session = ort.InferenceSession(str(bundle.parents[1] / "peer" / "unet.onnx"), providers=["CPUExecutionProvider"])
     inputs = feeds(bundle, batch)
-    return lambda: session.run(None, inputs)
+    return lambda: session.run(None, inputs), {}
 
 
-def torch_unet(dtype: str, is_compiled: bool) -> Callable[[Path, int], Run]:
+def torch_unet(dtype: str, is_compiled: bool) -> Callable[[Path, int], Opened]:
     """diffusers' UNet with the checkpoint's weights, K and V of the text in every step, as diffusers runs it."""
 
-    def opened(bundle: Path, batch: int) -> Run:
+    def opened(bundle: Path, batch: int) -> Opened:
         import torch
         from diffusers import UNet2DConditionModel
 
@@ -124,13 +134,13 @@ def torch_unet(dtype: str, is_compiled: bool) -> Callable[[Path, int], Run]:
             with torch.no_grad():
                 return run(sample, 500, embeds, added_cond_kwargs=added, return_dict=False)[0]
 
-        return step
+        return step, {}
 
     return opened
 
 
 # name -> (which bundle it reads, how it is opened)
-ENGINES: Mapping[str, tuple[str, Callable[[Path, int], Run]]] = {
+ENGINES: Mapping[str, tuple[str, Callable[[Path, int], Opened]]] = {
     "torch eager fp32": ("fp32", torch_unet("float32", False)),
     "torch.compile bf16": ("fp32", torch_unet("bfloat16", True)),
     "onnxruntime fp32": ("fp32", bundle_engine("onnxruntime")),
@@ -145,7 +155,7 @@ ENGINES: Mapping[str, tuple[str, Callable[[Path, int], Run]]] = {
 def timed(name: str, bundle: Path, batch: int, steps: int) -> dict[str, Any]:
     """Open an engine, warm it up twice, time `steps` runs: seconds to open, median and all step times."""
     started = time.perf_counter()
-    run = ENGINES[name][1](bundle, batch)
+    run, told = ENGINES[name][1](bundle, batch)
     opened = time.perf_counter() - started
     for _ in range(2):
         run()
@@ -154,7 +164,7 @@ def timed(name: str, bundle: Path, batch: int, steps: int) -> dict[str, Any]:
         started = time.perf_counter()
         run()
         seconds.append(round(time.perf_counter() - started, 5))
-    return {"median_s": statistics.median(seconds), "steps_s": seconds, "open_s": round(opened, 3)}
+    return {"median_s": statistics.median(seconds), "steps_s": seconds, "open_s": round(opened, 3), **told}
 
 
 def profile(bundle: Path, batch: int) -> list[dict[str, Any]]:

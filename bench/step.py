@@ -9,7 +9,7 @@ little less work than peers do. `bench export --work DIR` leaves quantize_static
 from __future__ import annotations
 
 import json
-import platform
+import os
 import subprocess
 import sys
 import tempfile
@@ -78,6 +78,7 @@ def main(
 ) -> None:
     """Time one UNet step on every engine."""
     from exporters.export import export_checkpoint
+    from runtime.openvino_engine import device_name
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = (work or Path(temporary)) / arch
@@ -96,7 +97,7 @@ def main(
         summary = {"bench": "step", "arch": arch, "rows": rows, **summary_of(rows, batches[0])}
         summary |= {f"batch_{batch}": summary_of(rows, batch) for batch in batches}
         summary |= roofline(bundles["w8a8"]) if not only or OURS[0] in only else {}
-    summary["machine"] = f"{platform.machine()} {platform.system()}"
+    summary["machine"] = f"{device_name()}, {os.cpu_count()} cores"
     summary["versions"] = {name: version(name) for name in ("onnxruntime", "openvino", "torch", "diffusers")}
     if out:
         out.write_text(json.dumps(summary, indent=1) + "\n")
