@@ -9,6 +9,7 @@ another checkpoint of it (no torch), `quantize_static` is the peer: the FP32 UNe
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 import click
 
 from bench._large import ARCHES, Large, build
+from personalq.bundle import MANIFEST, read_manifest
 
 ROOT = Path(__file__).parent.parent
 EXPORT = """
@@ -87,11 +89,20 @@ def measure(folder: Path, arch: str, with_peer: bool, progress: Any) -> list[dic
     large = build(folder, arch, progress)
     for step, checkpoint in (("first checkpoint", "first"), ("next checkpoint", "next")):
         spec = large.spec(checkpoint, "w8a8")
+        forget(folder, checkpoint)
         progress(step)
         rows.append({"step": step, **measured(EXPORT, folder, checkpoint, spec)})
     if with_peer:
         rows.append(peer(large, folder, progress))
     return rows
+
+
+def forget(folder: Path, checkpoint: str) -> None:
+    """Remove an earlier run's W8A8 bundle: an export that finds it would write nothing."""
+    for file in (folder / "bundles").glob(f"*/{MANIFEST}"):
+        manifest = read_manifest(file.parent)
+        if (manifest.checkpoint.id, manifest.spec.name) == (checkpoint, "w8a8"):
+            shutil.rmtree(file.parent)
 
 
 def peer(large: Large, folder: Path, progress: Any) -> dict[str, Any]:
