@@ -59,22 +59,27 @@ quantize_static(source, target, One(), quant_format=QuantFormat.QDQ, per_channel
     nodes_to_exclude=attention)
 print("{}")
 """
-# The most this process held, by the kernel's count that begins at exec: wait4's ru_maxrss starts at the parent's peak.
-PEAK = """
+# The most this process held, by the kernel's count that begins at exec (wait4's ru_maxrss starts at the parent's peak), and
+# the processor time of all its threads, which says something on a machine that others use too.
+COST = """
+import time
 from pathlib import Path
-print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+lines = Path("/proc/self/status").read_text().splitlines()
+print(time.process_time(), next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 """
 
 
 def measured(code: str, *arguments: Any) -> dict[str, Any]:
-    """Run Python code in a process of its own; its JSON line, wall seconds and peak resident bytes."""
+    """Run Python code in a process of its own; its JSON line, wall and processor seconds, peak resident bytes."""
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code + PEAK, *map(str, arguments)], stdout=subprocess.PIPE, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code + COST, *map(str, arguments)], stdout=subprocess.PIPE, cwd=ROOT)
     seconds = time.perf_counter() - started
     if done.returncode:
         raise click.ClickException(f"a measured process ended with {done.returncode}; its message is above")
-    *_, told, kilobytes = done.stdout.decode().strip().splitlines()
-    return {**json.loads(told), "seconds": round(seconds, 2), "peak_rss_bytes": int(kilobytes) * 1024}
+    *_, told, cost = done.stdout.decode().strip().splitlines()
+    cpu, kilobytes = cost.split()
+    clocks = {"seconds": round(seconds, 2), "cpu_seconds": round(float(cpu), 2)}
+    return {**json.loads(told), **clocks, "peak_rss_bytes": int(kilobytes) * 1024}
 
 
 def measure(folder: Path, arch: str, with_peer: bool, progress: Any) -> list[dict[str, Any]]:
@@ -143,7 +148,8 @@ def main(arch: str, work: Path | None, peer: bool, out: Path | None) -> None:
         steps["next checkpoint"]["peak_rss_bytes"] / steps["next checkpoint"]["bytes_fp16"], 4
     )
     for row in rows:
-        click.echo(f"{row['step']:18} {row['seconds']:8.1f} s  {row['peak_rss_bytes'] / 1e9:6.2f} GB")
+        clocks = f"{row['seconds']:8.1f} s  processor {row['cpu_seconds']:8.1f} s"
+        click.echo(f"{row['step']:18} {clocks}  {row['peak_rss_bytes'] / 1e9:6.2f} GB")
     if out:
         out.write_text(json.dumps(summary, indent=1) + "\n")
     click.echo(json.dumps(summary))
