@@ -17,6 +17,8 @@ import numpy as np
 from personalq.bundle import Manifest, read_manifest
 
 Run = Callable[[], Any]
+Opened = tuple[Run, dict[str, Any]]  # one step, and facts about how it is run
+Open = Callable[[Path, int, int], Opened]  # bundle, batch, threads (0: every core)
 LENGTH = 77
 
 
@@ -54,55 +56,69 @@ def conditioning(manifest: Manifest, batch: int) -> dict[str, Any]:
     return made
 
 
-def bundle_engine(name: str) -> Callable[[Path, int], Run]:
+def bundle_engine(name: str) -> Open:
     """The runtime's own engine on a bundle, bound as the pipeline binds it."""
 
-    def opened(bundle: Path, batch: int) -> Run:
+    def opened(bundle: Path, batch: int, threads: int) -> Opened:
         from runtime.engine import open_engine
 
-        engine = open_engine(name, bundle)
+        engine = open_engine(name, bundle, threads or None)
         manifest = engine.manifest
         denoise = engine.denoiser(conditioning(manifest, batch), manifest.latent.height, manifest.latent.width)
         sample = latents(manifest, batch)
-        return lambda: denoise(sample, 500.0)
+        return lambda: denoise(sample, 500.0), {}
 
     return opened
 
 
-def openvino_graph(precision: str) -> Callable[[Path, int], Run]:
+def openvino_graph(precision: str) -> Open:
     """A graph as it is on OpenVINO, static shapes, with a precision hint."""
 
-    def opened(bundle: Path, batch: int) -> Run:
+    def opened(bundle: Path, batch: int, threads: int) -> Opened:
         import openvino as ov
 
         inputs, core = feeds(bundle, batch), ov.Core()
         model = core.read_model(bundle / "unet.ort.onnx")
         model.reshape({value.any_name: list(inputs[value.any_name].shape) for value in model.inputs})
-        hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-        request = core.compile_model(model, "CPU", hints).create_infer_request()
-        return lambda: request.infer(inputs, share_inputs=True)
+        hints: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        hints |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+        compiled = core.compile_model(model, "CPU", hints)
+        request = compiled.create_infer_request()
+        return lambda: request.infer(inputs, share_inputs=True), {"ran_in": product_types(compiled)}
 
     return opened
 
 
-def peer_graph(bundle: Path, batch: int) -> Run:
+def product_types(compiled: Any) -> dict[str, int]:
+    """What OpenVINO really computes convolutions and products in: '<layer type> <data type>' -> how many."""
+    told = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    kinds = [(one["layerType"].astype(str), one["runtimePrecision"].astype(str)) for one in told]
+    wanted = ("Convolution", "FullyConnected", "MatMul")
+    return dict(Counter(f"{layer} {dtype}" for layer, dtype in kinds if layer in wanted))
+
+
+def peer_graph(bundle: Path, batch: int, threads: int) -> Opened:
     """quantize_static's graph on ONNX Runtime with its default optimisations, as its users run it."""
     import onnxruntime as ort
 
-    session = ort.InferenceSession(str(bundle.parents[1] / "peer" / "unet.onnx"), providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    graph = bundle.parents[1] / "peer" / "unet.onnx"
+    session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     inputs = feeds(bundle, batch)
-    return lambda: session.run(None, inputs)
+    return lambda: session.run(None, inputs), {}
 
 
-def torch_unet(dtype: str, is_compiled: bool) -> Callable[[Path, int], Run]:
+def torch_unet(dtype: str, is_compiled: bool) -> Open:
     """diffusers' UNet with the checkpoint's weights, K and V of the text in every step, as diffusers runs it."""
 
-    def opened(bundle: Path, batch: int) -> Run:
+    def opened(bundle: Path, batch: int, threads: int) -> Opened:
         import torch
         from diffusers import UNet2DConditionModel
 
         from exporters.weights import open_weights
 
+        torch.set_num_threads(threads or torch.get_num_threads())
         root, manifest = bundle.parents[1], read_manifest(bundle)
         config = json.loads((root / "bases" / "base" / "unet" / "config.json").read_text())
         kind = getattr(torch, dtype)
@@ -124,13 +140,13 @@ def torch_unet(dtype: str, is_compiled: bool) -> Callable[[Path, int], Run]:
             with torch.no_grad():
                 return run(sample, 500, embeds, added_cond_kwargs=added, return_dict=False)[0]
 
-        return step
+        return step, {}
 
     return opened
 
 
 # name -> (which bundle it reads, how it is opened)
-ENGINES: Mapping[str, tuple[str, Callable[[Path, int], Run]]] = {
+ENGINES: Mapping[str, tuple[str, Open]] = {
     "torch eager fp32": ("fp32", torch_unet("float32", False)),
     "torch.compile bf16": ("fp32", torch_unet("bfloat16", True)),
     "onnxruntime fp32": ("fp32", bundle_engine("onnxruntime")),
@@ -142,27 +158,32 @@ ENGINES: Mapping[str, tuple[str, Callable[[Path, int], Run]]] = {
 }
 
 
-def timed(name: str, bundle: Path, batch: int, steps: int) -> dict[str, Any]:
-    """Open an engine, warm it up twice, time `steps` runs: seconds to open, median and all step times."""
+def timed(name: str, bundle: Path, batch: int, steps: int, threads: int) -> dict[str, Any]:
+    """Open an engine, warm it up twice, time `steps` runs: seconds to open, median and all step times.
+
+    cpu_s: processor time of each step. With one thread it is what the step takes on a machine that others use too.
+    """
     started = time.perf_counter()
-    run = ENGINES[name][1](bundle, batch)
+    run, told = ENGINES[name][1](bundle, batch, threads)
     opened = time.perf_counter() - started
     for _ in range(2):
         run()
-    seconds = []
+    seconds, cpu = [], []
     for _ in range(steps):
-        started = time.perf_counter()
+        started, before = time.perf_counter(), time.process_time()
         run()
         seconds.append(round(time.perf_counter() - started, 5))
-    return {"median_s": statistics.median(seconds), "steps_s": seconds, "open_s": round(opened, 3)}
+        cpu.append(round(time.process_time() - before, 5))
+    found = {"median_s": statistics.median(seconds), "steps_s": seconds, "median_cpu_s": statistics.median(cpu)}
+    return {**found, "cpu_s": cpu, "open_s": round(opened, 3), **told}
 
 
-def profile(bundle: Path, batch: int) -> list[dict[str, Any]]:
+def profile(bundle: Path, batch: int, threads: int) -> list[dict[str, Any]]:
     """What one step of ONNX Runtime spends on each kind of node: {op, nodes, milliseconds, multiply_adds}."""
     from runtime.sessions import open_session
 
     with tempfile.TemporaryDirectory() as folder:
-        session = open_session(bundle / "unet.ort.onnx", None, profile=Path(folder) / "profile")
+        session = open_session(bundle / "unet.ort.onnx", threads or None, profile=Path(folder) / "profile")
         inputs = feeds(bundle, batch)
         for _ in range(3):
             session.run(None, inputs)
@@ -200,7 +221,7 @@ def multiply_adds(op: str, args: dict[str, Any]) -> int:
     return 0
 
 
-def int8_peak(side: int = 2048) -> float:
+def int8_peak(threads: int, side: int = 2048) -> float:
     """Multiply-adds a second of one large int8 product on OpenVINO, all cores: what the machine can do at most."""
     import openvino as ov
     from openvino import opset13 as op
@@ -214,7 +235,8 @@ def int8_peak(side: int = 2048) -> float:
     weight = op.constant(np.random.default_rng(0).integers(-127, 128, (side, side)).astype(np.int8))
     scaled = op.multiply(op.convert(weight, ov.Type.f32), op.constant(np.float32(0.01)))
     model = ov.Model([op.matmul(grid(q, 0, 6, 256), scaled, False, True)], [q])
-    request = ov.Core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
+    hints = {"PERFORMANCE_HINT": "LATENCY", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+    request = ov.Core().compile_model(model, "CPU", hints).create_infer_request()
     x = np.random.default_rng(1).random((side, side), np.float32) * 6
     best = np.inf
     for _ in range(8):
@@ -225,10 +247,11 @@ def int8_peak(side: int = 2048) -> float:
 
 
 if __name__ == "__main__":
-    what, where, size, count_of_steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    what, where = sys.argv[1], Path(sys.argv[2])
+    size, count_of_steps, n_threads = (int(number) for number in sys.argv[3:])
     if what == "profile":
-        print(json.dumps({"nodes": profile(where, size)}))
+        print(json.dumps({"nodes": profile(where, size, n_threads)}))
     elif what == "peak":
-        print(json.dumps({"int8_peak": int8_peak()}))
+        print(json.dumps({"int8_peak": int8_peak(n_threads)}))
     else:
-        print(json.dumps(timed(what, where, size, count_of_steps)))
+        print(json.dumps(timed(what, where, size, count_of_steps, n_threads)))

@@ -1,6 +1,6 @@
 """How long is one step of the UNet? Every engine on this CPU at real dimensions, in one run, each in its own process.
 
-    python -m bench.step [--arch sd15|sdxl|tiny] [--batch 1 --batch 2] [--steps N] [--work DIR] [--only NAME]...
+    python -m bench.step [--arch sd15|sdxl|tiny] [--batch 1 --batch 2] [--steps N] [--threads 1] [--work DIR] [--only NAME]...
 
 ONNX Runtime and OpenVINO in FP32 and bf16 run our own unquantised graph, whose text K and V are computed outside: a
 little less work than peers do. `bench export --work DIR` leaves quantize_static's graph where this finds it.
@@ -9,7 +9,7 @@ little less work than peers do. `bench export --work DIR` leaves quantize_static
 from __future__ import annotations
 
 import json
-import platform
+import os
 import subprocess
 import sys
 import tempfile
@@ -37,9 +37,9 @@ def apart(*arguments: Any) -> dict[str, Any]:
     return made
 
 
-def summary_of(rows: list[dict[str, Any]], batch: int) -> dict[str, Any]:
-    """The ratios of one batch size; what is missing is left out."""
-    medians = {row["engine"]: row["median_s"] for row in rows if row["batch"] == batch and "median_s" in row}
+def summary_of(rows: list[dict[str, Any]], batch: int, clock: str) -> dict[str, Any]:
+    """The ratios of one batch size by one clock ('median_s' or 'median_cpu_s'); what is missing is left out."""
+    medians = {row["engine"]: row[clock] for row in rows if row["batch"] == batch and clock in row}
     ours = [medians[name] for name in OURS if name in medians]
     ratios: dict[str, Any] = {}
     if ours and "onnxruntime fp32" in medians:
@@ -51,9 +51,9 @@ def summary_of(rows: list[dict[str, Any]], batch: int) -> dict[str, Any]:
     return ratios
 
 
-def roofline(bundle: Path) -> dict[str, Any]:
+def roofline(bundle: Path, threads: int) -> dict[str, Any]:
     """The profile of one step of ours on ONNX Runtime, and how long its integer products would take at the peak."""
-    profile, peak = apart("profile", bundle, 1, 0), apart("peak", bundle, 1, 0)
+    profile, peak = apart("profile", bundle, 1, 0, threads), apart("peak", bundle, 1, 0, threads)
     if "error" in profile or "error" in peak:
         return {"roofline_error": profile.get("error") or peak.get("error")}
     integer = sum(n["multiply_adds"] for n in profile["nodes"] if n["op"] in ("QLinearConv", "MatMulIntegerToFloat"))
@@ -70,14 +70,22 @@ def roofline(bundle: Path) -> dict[str, Any]:
 @click.option("--arch", type=click.Choice(list(ARCHES)), default="sd15", show_default=True)
 @click.option("--batch", "batches", type=int, multiple=True, default=[1, 2], show_default=True)
 @click.option("--steps", type=int, default=5, show_default=True)
+@click.option("--threads", type=int, default=0, show_default=True, help="0: every core. 1: ratios of processor time.")
 @click.option("--only", type=click.Choice(list(ENGINES)), multiple=True, help="Only these engines.")
 @click.option("--work", type=click.Path(path_type=Path), help="Keep everything here and use it again.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the JSON here.")
 def main(
-    arch: str, batches: tuple[int, ...], steps: int, only: tuple[str, ...], work: Path | None, out: Path | None
+    arch: str,
+    batches: tuple[int, ...],
+    steps: int,
+    threads: int,
+    only: tuple[str, ...],
+    work: Path | None,
+    out: Path | None,
 ) -> None:
     """Time one UNet step on every engine."""
     from exporters.export import export_checkpoint
+    from runtime.openvino_engine import device_name
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = (work or Path(temporary)) / arch
@@ -89,14 +97,15 @@ def main(
         rows = []
         for batch in batches:
             for name in only or ENGINES:
-                row = {"engine": name, "batch": batch, **apart(name, bundles[ENGINES[name][0]], batch, steps)}
+                row = {"engine": name, "batch": batch, **apart(name, bundles[ENGINES[name][0]], batch, steps, threads)}
                 rows.append(row)
-                told = f"{row['median_s']:.3f} s" if "median_s" in row else row["error"]
+                told = row.get("error") or f"{row['median_s']:.3f} s, processor {row['median_cpu_s']:.3f} s"
                 click.echo(f"{name:32} batch {batch}  {told}")
-        summary = {"bench": "step", "arch": arch, "rows": rows, **summary_of(rows, batches[0])}
-        summary |= {f"batch_{batch}": summary_of(rows, batch) for batch in batches}
-        summary |= roofline(bundles["w8a8"]) if not only or OURS[0] in only else {}
-    summary["machine"] = f"{platform.machine()} {platform.system()}"
+        clock = "median_cpu_s" if threads == 1 else "median_s"
+        summary = {"bench": "step", "arch": arch, "clock": clock, "rows": rows, **summary_of(rows, batches[0], clock)}
+        summary |= {f"batch_{batch}": summary_of(rows, batch, clock) for batch in batches}
+        summary |= roofline(bundles["w8a8"], threads) if not only or OURS[0] in only else {}
+    summary["machine"] = f"{device_name()}, {os.cpu_count()} cores"
     summary["versions"] = {name: version(name) for name in ("onnxruntime", "openvino", "torch", "diffusers")}
     if out:
         out.write_text(json.dumps(summary, indent=1) + "\n")

@@ -19,8 +19,8 @@ from typing import Any
 import click
 import onnx_ir as ir
 
-from exporters.build_settings import input_shapes, read_settings
-from exporters.build_tensorrt import GRAPH
+from exporters.build_settings import read_settings
+from exporters.build_tensorrt import GRAPH, graph_shapes
 from exporters.census import layer_kinds
 from exporters.engine_layers import from_aot, mismatches, table
 from exporters.lint import lint_trt
@@ -48,7 +48,7 @@ def compile_graph(graph: Path, shapes: dict[str, tuple[int, ...]], architectures
 def measure(bundle: Path, architectures: str, lib: str, settings: tuple[str, ...]) -> dict[str, Any]:
     """One bundle: its spec's census, what the engine runs, what differs, what the lint says, and sizes."""
     manifest, graph = read_manifest(bundle), bundle / GRAPH
-    shapes = {name: three[1] for name, three in input_shapes(manifest, read_settings(settings)).items()}
+    shapes = {name: three[1] for name, three in graph_shapes(bundle, read_settings(settings)).items()}
     report = compile_graph(graph, shapes, architectures, lib)
     layers, wanted = from_aot(report), layer_kinds(ir.load(graph))
     keys = ("tensorrt_rtx", "parse_s", "build_s", "peak_rss_mb", "engine_bytes", "engine_precision", "totals")

@@ -89,10 +89,10 @@ def build_plan(
         progress(f"refitting the {target} plan of another checkpoint")
         check_engine(donor)
         graphs = donor.path.parents[2] / GRAPH, bundle / GRAPH
-        data = refit_plan(trt, donor.path.read_bytes(), *graphs, sample_feed(input_shapes(manifest, settings)))
+        data = refit_plan(trt, donor.path.read_bytes(), *graphs, sample_feed(graph_shapes(bundle, settings)))
         return BuiltPlan(keep_engine(bundle, parts, PLAN, data), False, None)
     timing = cache_dir / f"{target}-{trt.__version__}-{parts['device']}.timing"
-    shapes = with_other_inputs(input_shapes(manifest, settings), ir.load(bundle / GRAPH), settings)
+    shapes = graph_shapes(bundle, settings)
     plan = _build(trt, bundle / GRAPH, shapes, target, settings, timing)
     wrong: tuple[str, ...] | None = None
     extra: dict[str, bytes] = {}
@@ -111,6 +111,11 @@ def plan_parts(manifest: Manifest, target: str, settings: BuildSettings, version
     }
     chosen = {f"set.{name}": value for name, value in settings.parts().items()}
     return {"target": target, "version": version, "device": device, **files, **shapes, **chosen}
+
+
+def graph_shapes(bundle: Path, settings: BuildSettings) -> Shapes:
+    """(min, opt, max) of every input of a bundle's unet.trt.onnx that has open sides, whatever its architecture."""
+    return with_other_inputs(input_shapes(read_manifest(bundle), settings), ir.load(bundle / GRAPH), settings)
 
 
 def with_other_inputs(shapes: Shapes, model: ir.Model, settings: BuildSettings) -> Shapes:

@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from personalq.atomic import atomic_directory
+from personalq.atomic import atomic_directory, settle
 from personalq.bundle import (
     MANIFEST,
     CheckpointEntry,
@@ -26,6 +27,7 @@ from personalq.bundle import (
     bundle_key,
     check_files,
     file_sha256,
+    files_sha256,
     manifest_bytes,
     read_manifest,
 )
@@ -145,11 +147,20 @@ def is_intact(folder: Path) -> bool:
 
 def write_bundle(job: Job) -> None:
     """Write every graph, its weights, the tokenizer and the manifest into the job's folder."""
-    spec = job.spec_file.spec
     unet = job.weights.component("unet")
     lowered = lower_unet(job.family.graph("unet"), job.spec_file)
     where = job.folder / "unet.ort.onnx"
     write_graph(lowered.model, lowered.tensors, unet.read, where, "weights.data", part(job, "UNet", 0.1, 0.8))
+    with ThreadPoolExecutor(1) as disk:  # the largest file goes to disk while the others are made
+        settled = disk.submit(settle, job.folder / "weights.data")
+        write_parts(job, lowered)
+    settled.result()
+
+
+def write_parts(job: Job, lowered: Lowered) -> None:
+    """Everything beside the UNet's first graph and its weights."""
+    spec = job.spec_file.spec
+    unet = job.weights.component("unet")
     trt = lower_unet_trt(job.family.graph("unet"), job.spec_file)
     write_sharing_graph(trt.model, trt.tensors, unet.read, job.folder / "unet.trt.onnx", lowered.model)
     rows = job.family.graph("text_rows")
@@ -217,10 +228,10 @@ def part(job: Job, name: str, start: float, end: float) -> Report:
 def finish(job: Job, folder: Path, root: Path) -> None:
     """Share what other bundles have too, and record every file's hash in the manifest: the last thing written."""
     manifest = read_manifest(folder)
+    paths = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
     files = {
-        path.name: FileEntry(sha256=file_sha256(path), bytes=path.stat().st_size)
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
+        path.name: FileEntry(sha256=sha256, bytes=path.stat().st_size)
+        for path, sha256 in zip(paths, files_sha256(paths), strict=True)
     }
     link_shared(root, folder, {name: entry.sha256 for name, entry in files.items()})
     (folder / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update={"files": files})))

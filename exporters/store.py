@@ -18,7 +18,7 @@ import onnx_ir as ir
 from personalq.numerics import pack_int4
 
 ALIGNMENT = 64  # bytes; ONNX Runtime maps the file and reads tensors in place
-PIECE = 1 << 20  # values converted at a time: temporaries stay in the cache, and small beside the tensor
+PIECE = 1 << 18  # values converted at a time: temporaries stay in the cache, and small beside the tensor
 Array = npt.NDArray[Any]
 Report = Callable[[str, float], None]
 

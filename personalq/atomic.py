@@ -112,11 +112,15 @@ def _fsync_tree(folder: Path) -> None:
     for directory, _, names in os.walk(folder):
         for name in names:
             file = Path(directory) / name
-            if file.is_symlink():
-                continue
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+            if not file.is_symlink():
+                settle(file)
         _fsync_folder(Path(directory))
+
+
+def settle(file: Path) -> None:
+    """Wait until a file's bytes are on disk. Raises OSError when they cannot be."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def _fsync_folder(folder: Path) -> None:

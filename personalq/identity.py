@@ -3,10 +3,11 @@
 import hashlib
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .bundle import file_sha256
+from .bundle import HASHED_AT_ONCE, file_sha256
 from .errors import RepositoryError
 
 COMPONENTS = ("unet", "text_encoder", "vae")
@@ -113,13 +114,15 @@ def family_key(configs: dict[str, dict[str, Any]]) -> str:
 
 def weights_sha256(base_dir: Path, checkpoint_dir: Path | None) -> str:
     """sha256 over the bytes of every weight file of base and delta, by role and name inside its folder."""
-    digest = hashlib.sha256()
+    files: dict[str, Path] = {}
     for role, folder in (("base", base_dir), ("delta", checkpoint_dir)):
-        if folder is None:
-            continue
-        for file in sorted(folder.rglob("*.safetensors")):
-            digest.update(f"{role}/{file.relative_to(folder).as_posix()}:{_file_digest(file)}\n".encode())
-    return digest.hexdigest()
+        if folder is not None:
+            found = sorted(folder.rglob("*.safetensors"))
+            files |= {f"{role}/{file.relative_to(folder).as_posix()}": file for file in found}
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        digests = pool.map(_file_digest, files.values())
+    lines = [f"{name}:{digest}\n" for name, digest in zip(files, digests, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _file_digest(file: Path) -> str:

@@ -71,8 +71,9 @@ def absmax_scale(x: npt.NDArray[np.floating], qtype: QType, axis: int | None = N
 
 def quantize(x: npt.NDArray[np.floating], scale: npt.ArrayLike, qtype: QType, axis: int | None = None) -> Int8:
     """x (any shape, float) -> int8 array of the same shape holding qtype's integers. Rounds half to even."""
-    steps = np.asarray(x, dtype=np.float32) / along(scale, np.ndim(x), axis)
-    return np.asarray(np.clip(np.rint(steps), qtype.qmin, qtype.qmax), dtype=np.int8)
+    steps = np.asarray(np.asarray(x, dtype=np.float32) / along(scale, np.ndim(x), axis))
+    np.clip(np.rint(steps, out=steps), qtype.qmin, qtype.qmax, out=steps)
+    return steps.astype(np.int8)
 
 
 def dequantize(q: Int8, scale: npt.ArrayLike, axis: int | None = None) -> Float:

@@ -1,7 +1,7 @@
 """One tiny pipeline of every architecture as a repository, its bundles, and a spec that quantises it without calibration."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,9 +59,12 @@ class Made:
         sha256 = weights_sha256(base, repository.checkpoint_dir(checkpoint))
         return unquantised_spec(self.family(repository), checkpoint, sha256, "fp32")
 
-    def export(self, checkpoint: str = "rex", repository: Repository | None = None) -> Path:
+    def export(
+        self, checkpoint: str = "rex", repository: Repository | None = None, spec: SpecFile | None = None
+    ) -> Path:
         repository = repository or self.repository
-        path = self.plain(checkpoint, repository).write(repository.root / "specs" / checkpoint / "fp32.json")
+        spec = spec or self.plain(checkpoint, repository)
+        path = spec.write(repository.root / "specs" / checkpoint / f"{spec.spec.name}.json")
         return export_checkpoint(repository, checkpoint, path).bundle
 
     @cached_property
@@ -74,25 +77,31 @@ class Made:
 
     def quantised(self, predict: Torch) -> tuple[SpecFile, Path]:
         """A W8A8 spec from the ranges of one prediction, and its bundle. predict: (sample, timestep) -> by self.pipe.unet."""
-        file = eight_bits(self.plain("rex", self.repository), self.pipe.unet, predict)
-        path = file.write(self.repository.root / "specs" / "rex" / "w8a8.json")
-        return file, export_checkpoint(self.repository, "rex", path).bundle
+        file = eight_bits(self.plain("rex", self.repository), self.pipe.unet, ranges(self.pipe.unet, predict))
+        return file, self.export("rex", spec=file)
 
 
-def eight_bits(plain: SpecFile, unet: Any, predict: Torch) -> SpecFile:
-    """Every layer but FLOAT in 8 bits: absmax scales of the weights, and of what goes in and out in one prediction."""
+def ranges(unet: Any, predict: Torch) -> dict[str, tuple[float, float]]:
+    """layer -> the largest value that goes in, and that comes out, in one prediction."""
     seen: dict[str, tuple[float, float]] = {}
     hooks = [
         unet.get_submodule(name).register_forward_hook(
             lambda _, given, out, name=name: seen.update({name: (float(given[0].abs().max()), float(out.abs().max()))})
         )
-        for name in plain.spec.layers
+        for name, module in unet.named_modules()
+        if hasattr(module, "weight")
     ]
     predict(np.random.default_rng(2).standard_normal((1, 4, 8, 8)).astype(np.float32), 450.0)
     for hook in hooks:
         hook.remove()
+    return seen
+
+
+def eight_bits(plain: SpecFile, unet: Any, seen: Mapping[str, tuple[float, float]]) -> SpecFile:
+    """Every layer but FLOAT in 8 bits: absmax scales of `unet`'s weights, and of what was `seen` to go in and out."""
     layers, tensors = dict(plain.spec.layers), {}
-    for name, (given, out) in seen.items():
+    for name in plain.spec.layers:
+        given, out = seen[name]
         if name in FLOAT:
             continue
         layers[name] = LayerSpec(op=layers[name].op, weight="int8", activation="int8", found_by="absmax")
@@ -101,7 +110,6 @@ def eight_bits(plain: SpecFile, unet: Any, predict: Torch) -> SpecFile:
         tensors[f"{name}.input_scale"] = np.asarray(given / 127, np.float32)
         if layers[name].op == "conv":
             tensors[f"{name}.output_scale"] = np.asarray(out / 127, np.float32)
-    assert seen.keys() == layers.keys()
     rows = plain.spec.rows.model_copy(update={"kept": KeptTokens(slots=8)})
     update = {"name": "w8a8", "policy": "absmax", "bits": "w8a8", "storage": "float16"}
     update |= {"layers": layers, "rows": rows}

@@ -3,35 +3,32 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
-from exporters.build_settings import BuildSettings, input_shapes
-from exporters.build_tensorrt import with_other_inputs
-from exporters.census import spec_kinds
-from exporters.engine_layers import from_aot, mismatches, table
+from exporters.build_settings import BuildSettings
+from exporters.build_tensorrt import GRAPH, graph_shapes
 from exporters.family import open_family
 from exporters.lint import lint_trt
 from exporters.plain import unquantised_spec
-from personalq.bundle import read_manifest
+from exporters.refit import sample_feed
 from personalq.errors import RepositoryError, SpecError
 from personalq.identity import read_configs
 from personalq.repository import Repository
 from personalq.spec import SpecFile
+from runtime.engine import open_session
 from runtime.pipeline import start_noise
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'personalq[export]'")
-from tests.exporters.families import Made  # noqa: E402  (needs torch)
+from tests.exporters.families import Made, eight_bits  # noqa: E402  (needs torch)
+from tests.exporters.rtx import require_compiles  # noqa: E402
 from tests.exporters.test_policies import SpecLayer  # noqa: E402
 
 NAMES = ("sd1", "sd2", "sdxl")
@@ -134,7 +131,7 @@ def test_both_lowerings_of_every_family_hold_the_same_integers_and_the_lint_is_s
 
 
 def test_onnx_runtime_computes_every_layer_of_every_family_as_the_spec_says(
-    made: Made, quantised: tuple[SpecFile, Path]
+    made: Made, quantised: tuple[SpecFile, Path], tmp_path: Path
 ) -> None:
     """Layer by layer, cut out of the bundle's graph, from equal inputs: in a whole UNet, values on a rounding edge fall
     to either side and are followed by others, so that two exact computations drift apart like two draws of that noise."""
@@ -149,7 +146,7 @@ def test_onnx_runtime_computes_every_layer_of_every_family_as_the_spec_says(
         x = random.standard_normal(shape).astype(np.float32) * 40 * float(spec_file.tensors[f"{name}.input_scale"])
         with torch.no_grad():
             wanted = SpecLayer(name, module, spec_file)(torch.from_numpy(x)).numpy()
-        found = run(layer_graph(graph, name, is_conv), x)
+        found = run(layer_graph(graph, name, is_conv), x, tmp_path / "layer.onnx")
         error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
         assert error <= 5e-3, f"{name}: {error}"
         step = float(spec_file.tensors[f"{name}.output_scale"]) if is_conv else 1e-4 * float(np.abs(wanted).max())
@@ -174,44 +171,40 @@ def layer_graph(model: onnx.ModelProto, name: str, is_conv: bool) -> onnx.ModelP
     return onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
-def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+def run(model: onnx.ModelProto, x: np.ndarray, file: Path) -> np.ndarray:
+    """As the runtime opens it: with kernels that do not saturate."""
+    onnx.save(model, file)
+    session = open_session(file, 1)
     return session.run(None, {session.get_inputs()[0].name: x})[0]
 
 
-TOOL = Path(__file__).parents[2] / "tools" / "trt_aot.py"
-
-
 @pytest.mark.trt
-def test_every_family_compiles_to_what_the_spec_says(quantised: tuple[SpecFile, Path], tmp_path: Path) -> None:
-    """With the real TensorRT-for-RTX builder, for three architectures in one engine; no GPU needed."""
-    checked = subprocess.run([sys.executable, TOOL, "--self-check"], capture_output=True, text=True, check=False)
-    if checked.returncode:
-        pytest.skip(checked.stderr.strip().splitlines()[0])
+def test_every_family_compiles_to_what_the_spec_says(quantised: tuple[SpecFile, Path]) -> None:
     spec_file, bundle = quantised
-    settings, graph = BuildSettings(), ir.load(bundle / "unet.trt.onnx")
-    shapes = with_other_inputs(input_shapes(read_manifest(bundle), settings), graph, settings)
-    options = [f"--shape={key}={'x'.join(map(str, three[1]))}" for key, three in shapes.items()]
-    report = tmp_path / "report.json"
-    command = [sys.executable, TOOL, bundle / "unet.trt.onnx", "--sm=sm86,sm89,sm120", f"--json={report}", *options]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stdout + built.stderr
-    layers, wanted = from_aot(json.loads(report.read_text())), spec_kinds(spec_file.spec.layers)
-    assert mismatches(layers, wanted) == []
-    assert sum(table(layers, wanted).values()) == len(spec_file.spec.layers)
+    require_compiles(bundle / GRAPH, graph_shapes(bundle, BuildSettings()), spec_file)
 
 
-@pytest.mark.parametrize("made", ["sd1"], indirect=True)
+def test_refit_is_tried_on_every_input_that_an_architecture_has(made: Made) -> None:
+    """SDXL's plan takes two more inputs; the feed of the A -> B -> A check runs through the graph as it is."""
+    feed = sample_feed(graph_shapes(made.bundle, BuildSettings(refit=True)))
+    session = ort.InferenceSession(str(made.bundle / GRAPH), providers=["CPUExecutionProvider"])
+    assert set(feed) == {value.name for value in session.get_inputs()}
+    assert np.isfinite(session.run(None, dict(feed))[0]).all()
+
+
+@pytest.mark.parametrize("made", ["sd1", "sdxl"], indirect=True)
 def test_another_checkpoint_of_the_stored_family_is_byte_identical_to_a_fresh_trace(made: Made, tmp_path: Path) -> None:
-    """'max' is exported through the family that 'rex' traced, then again where no family is stored."""
+    """'max' is exported, W8A8, through the family that 'rex' traced, then again where no family is stored."""
     assert made.bundle
-    through_stored = made.export("max")
     fresh = Repository.open(tmp_path, create=True)
     for room in ("bases", "checkpoints"):
         shutil.copytree(made.repository.root / room, tmp_path / room, dirs_exist_ok=True)
-    again = made.export("max", fresh)
+    bundles = []
+    for repository in (made.repository, fresh):
+        plain = made.plain("max", repository)
+        spec = eight_bits(plain, made.pipe.unet, dict.fromkeys(plain.spec.layers, (4.0, 4.0)))
+        bundles.append(made.export("max", repository, spec))
+    through_stored, again = bundles
     names = sorted(file.name for file in through_stored.iterdir())
     assert names == sorted(file.name for file in again.iterdir())
     assert [n for n in names if (through_stored / n).read_bytes() != (again / n).read_bytes()] == []

@@ -1,8 +1,5 @@
 """The trt lowering: the same integers as ort, strongly typed float16 around them, and what the spec says, layer by layer."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +10,9 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from safetensors.numpy import load_file
 
-from exporters.build_settings import BuildSettings, input_shapes
+from exporters.build_settings import BuildSettings
+from exporters.build_tensorrt import GRAPH, graph_shapes
 from exporters.census import count, layer_kinds, require_equal, spec_kinds
-from exporters.engine_layers import from_aot, mismatches, table
 from exporters.family import open_family
 from exporters.lint import lint_trt
 from exporters.lower_ort import lower_unet
@@ -23,10 +20,10 @@ from exporters.lower_trt import lower_unet_trt
 from exporters.share import write_sharing_graph
 from exporters.store import write_graph
 from exporters.weights import open_weights
-from personalq.bundle import read_manifest
 from personalq.errors import SpecError
 from personalq.numerics import INT4, INT8, absmax_scale, dequantize, quantize
 from personalq.spec import SpecFile, read_spec
+from tests.exporters.rtx import require_compiles
 
 W8A8, W4A8, FP16 = "taq-w8a8", "taq-w4a8", "fp16"
 
@@ -317,24 +314,9 @@ def test_dequantised_weights_are_those_of_the_spec_to_float16(lowerings):
         np.testing.assert_allclose(found, expected, rtol=2**-10)
 
 
-TOOL = Path(__file__).parents[2] / "tools" / "trt_aot.py"
-
-
 @pytest.mark.trt
-@pytest.mark.parametrize("name", [W8A8, W4A8, FP16])
-def test_every_layer_compiles_to_what_the_spec_says(exported, lowerings, tmp_path, name):
-    """With the real TensorRT-for-RTX builder, for three architectures in one engine; no GPU needed."""
-    checked = subprocess.run([sys.executable, TOOL, "--self-check"], capture_output=True, text=True, check=False)
-    if checked.returncode:
-        pytest.skip(checked.stderr.strip().splitlines()[0])
-    spec, folder = lowerings[name]
-    manifest = read_manifest(exported[1]["fp32" if name == FP16 else "taq"].bundle)
-    shapes = input_shapes(manifest, BuildSettings())
-    options = [f"--shape={key}={'x'.join(map(str, three[1]))}" for key, three in shapes.items()]
-    report = tmp_path / "report.json"
-    command = [sys.executable, TOOL, folder / "unet.trt.onnx", "--sm=sm86,sm89,sm120", f"--json={report}", *options]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stdout + built.stderr
-    layers, wanted = from_aot(json.loads(report.read_text())), spec_kinds(spec.spec.layers)
-    assert mismatches(layers, wanted) == []
-    assert sum(table(layers, wanted).values()) == len(spec.spec.layers)
+@pytest.mark.parametrize("name", [W4A8, FP16])  # W8A8 of every family: test_families.py
+def test_every_layer_compiles_to_what_the_spec_says(exported, lowerings, name):
+    spec_file, folder = lowerings[name]
+    bundle = exported[1]["fp32" if name == FP16 else "taq"].bundle
+    require_compiles(folder / GRAPH, graph_shapes(bundle, BuildSettings()), spec_file)

@@ -1,0 +1,24 @@
+"""A trt graph compiled with the real TensorRT-for-RTX builder, for three architectures in one engine; no GPU needed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.trt import TOOL, compile_graph
+from exporters.build_settings import Shapes
+from exporters.census import spec_kinds
+from exporters.engine_layers import from_aot, mismatches, table
+from personalq.spec import SpecFile
+
+
+def require_compiles(graph: Path, shapes: Shapes, spec_file: SpecFile) -> None:
+    """Every layer of the spec is in the engine, in the types the spec says. Skips where the builder is not installed."""
+    checked = subprocess.run([sys.executable, TOOL, "--self-check"], capture_output=True, text=True, check=False)
+    if checked.returncode:
+        pytest.skip(checked.stderr.strip().splitlines()[0])
+    report = compile_graph(graph, {name: three[1] for name, three in shapes.items()}, "sm86,sm89,sm120", "")
+    layers, wanted = from_aot(report), spec_kinds(spec_file.spec.layers)
+    assert mismatches(layers, wanted) == []
+    assert sum(table(layers, wanted).values()) == len(spec_file.spec.layers)
