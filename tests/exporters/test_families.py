@@ -23,8 +23,8 @@ from personalq.errors import RepositoryError, SpecError
 from personalq.identity import read_configs
 from personalq.repository import Repository
 from personalq.spec import SpecFile
-from runtime.engine import open_session
 from runtime.pipeline import start_noise
+from runtime.sessions import open_session
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'personalq[export]'")
 from tests.exporters.families import Made, eight_bits  # noqa: E402  (needs torch)

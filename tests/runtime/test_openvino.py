@@ -14,9 +14,10 @@ from personalq.engines import engines_of
 from personalq.errors import BundleError, EngineError, MissingExtraError
 from personalq.numerics import cosine, psnr_db
 from runtime import openvino_engine
-from runtime.engine import OrtEngine, open_engine, open_session
+from runtime.engine import OrtEngine, open_engine
 from runtime.openvino_engine import OpenVinoEngine, compile_properties
 from runtime.pipeline import Pipeline, start_noise
+from runtime.sessions import open_session
 
 pytest.importorskip("openvino", reason="openvino is not installed: pip install 'personalq[openvino]'")
 PROMPT = "a photo of sks dog on the beach"
