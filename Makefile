@@ -24,14 +24,19 @@ OPTIMUM := .venv-optimum
 OPTIMUM_LIST := tests/optimum/constraints.txt
 OPTIMUM_STAMP := $(OPTIMUM)/installed-$(shell cat pyproject.toml $(OPTIMUM_LIST) | cksum | cut -d' ' -f1)
 
+# The S3 server that tests talk to, moto's, wants an older python-dateutil than ours.
+S3 := .venv-s3
+S3_LIST := tests/s3_constraints.txt
+S3_STAMP := $(S3)/installed-$(shell cksum < $(S3_LIST) | cut -d' ' -f1)
+
 .PHONY: demo test test-optimum lint gate check clean install
 .DEFAULT_GOAL := check
 
 demo: install
 	$(BIN)/personalq demo --out $(OUT)
 
-test: install
-	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST)
+test: install $(S3_STAMP)
+	$(TEST_ENV) PERSONALQ_MOTO_SERVER=$(CURDIR)/$(S3)/bin/moto_server $(BIN)/python -m pytest $(PYTEST)
 
 test-optimum: install $(OPTIMUM_STAMP)
 	$(TEST_ENV) PERSONALQ_OPTIMUM_PYTHON=$(OPTIMUM)/bin/python $(BIN)/python -m pytest -q tests/exporters/test_optimum.py
@@ -67,5 +72,12 @@ $(OPTIMUM_STAMP):
 	@rm -f $(OPTIMUM)/installed-*
 	@touch $@
 
+$(S3_STAMP):
+	@test -x $(S3)/bin/python || $(PYTHON) -m venv $(S3) || { \
+		echo "make: cannot make $(S3); install Python's venv module (Debian, Ubuntu: python3-venv)" >&2; exit 1; }
+	$(S3)/bin/python -m pip install --quiet --disable-pip-version-check -c $(S3_LIST) 'moto[server]'
+	@rm -f $(S3)/installed-*
+	@touch $@
+
 clean:
-	rm -rf .venv $(OPTIMUM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(OUT)
+	rm -rf .venv $(OPTIMUM) $(S3) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(OUT)

@@ -1,9 +1,10 @@
-"""A real S3 server on this machine: moto's, when its program is on the PATH.
+"""A real S3 server on this machine: moto's, which `make test` installs into an environment of its own.
 
-It cannot share an environment with us: botocore wants python-dateutil < 3, and what matplotlib has here is 4.
+It cannot share one with us: botocore wants python-dateutil < 3, and what matplotlib has here is 4.
 """
 
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
@@ -21,9 +22,9 @@ _SIGNED = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, 
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
     """Yield the server's address, with an empty bucket in it; skip when there is no moto_server."""
-    program = shutil.which("moto_server")
+    program = os.environ.get("PERSONALQ_MOTO_SERVER") or shutil.which("moto_server")
     if program is None:
-        pytest.skip("moto_server is not on the PATH: pipx install 'moto[server]'")
+        pytest.skip("PERSONALQ_MOTO_SERVER does not name a moto_server: run 'make test'")
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]

@@ -43,7 +43,8 @@ class Postings:
     """Documents taken in one by one, kept as numbers."""
 
     def __init__(self) -> None:
-        self._terms, self._counts, self._distinct, self._lengths = (array("i") for _ in range(4))
+        self._terms, self._distinct, self._lengths = (array("i") for _ in range(3))
+        self._counts = array("H")  # of a term in a document: a document has some hundred terms
 
     def add(self, document: Sequence[int]) -> None:
         """Take in the next document, a sequence of term numbers."""
@@ -62,7 +63,7 @@ class Postings:
         order = np.argsort(term, kind="stable")
         term = term[order]
         doc = np.repeat(np.arange(n_docs, dtype=np.int32), np.array(self._distinct, np.int64))[order]
-        weights = np.array(self._counts, np.int32)[order].astype(np.float64)  # f, until all of it is put in place
+        weights = np.array(self._counts, np.uint16)[order].astype(np.float64)  # f, until all of it is put in place
         del order
         df = np.bincount(term, minlength=n_terms).astype(np.float64)
         average = max(lengths.sum() / max(n_docs, 1), 1e-9)

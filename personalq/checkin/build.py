@@ -6,7 +6,6 @@ Cards are read one by one and kept as numbers, so that 75 000 of them need littl
 from __future__ import annotations
 
 import functools
-import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ from numpy.typing import NDArray
 
 from ..card import Card
 from .bm25 import Postings
-from .composed import Composer, compose, token_rows
 from .encoder import WIDTH, Encoder
 from .index import EXACT, Index, phrase_key
+from .sentences import Sentences
 from .strings import Strings
 from .words import fold, grams, joined_pairs, split_term, terms, words
 
@@ -96,15 +95,17 @@ def plain(card: Card) -> Card:
 class _Words:
     """What one walk over the cards leaves: terms numbered as they come, and everything in terms of those numbers."""
 
+    sentences: Sentences
     numbers: dict[str, int] = field(default_factory=dict)
     df: array[int] = field(default_factory=lambda: array("q"))
     postings: Postings = field(default_factory=Postings)
     field_sizes: array[int] = field(default_factory=lambda: array("i"))
     field_terms: array[int] = field(default_factory=lambda: array("i"))
-    texts: list[str] = field(default_factory=list)
     stuffed: array[int] = field(default_factory=lambda: array("B"))
     spelled: set[str] = field(default_factory=set)
-    triggers: dict[str, tuple[str, array[int]]] = field(default_factory=dict)
+    triggers: dict[str, int] = field(default_factory=dict)
+    written: list[str] = field(default_factory=list)
+    trigger_pairs: array[int] = field(default_factory=lambda: array("i"))
     phrases: dict[str, int] = field(default_factory=dict)
     nouns: array[int] = field(default_factory=lambda: array("i"))
     tag_sizes: array[int] = field(default_factory=lambda: array("i"))
@@ -129,9 +130,9 @@ class _Words:
             seen.update(numbers)
         for number in seen:
             self.df[number] += 1
-        self._add_names(card, len(self.texts))
+        self._add_names(card, len(self.sentences))
         self._add_phrases(card)
-        self.texts.append(card_text(card))
+        self.sentences.add(card_text(card))
         self.stuffed.append(is_stuffed)
 
     def _add_names(self, card: Card, place: int) -> None:
@@ -141,9 +142,10 @@ class _Words:
             for phrase in (group, *group.split(",")):
                 key = " ".join(fold(phrase).split())
                 if len(key) > 1:
-                    places = self.triggers.setdefault(key, (phrase, array("i")))[1]
-                    if not places or places[-1] != place:
-                        places.append(place)
+                    number = self.triggers.setdefault(key, len(self.triggers))
+                    if number == len(self.written):
+                        self.written.append(key if phrase == key else phrase)
+                    self.trigger_pairs.extend((number, place))
 
     def _add_phrases(self, card: Card) -> None:
         keys = [phrase_key(text) for text in (card.class_noun, *card.tags)]
@@ -163,7 +165,7 @@ def build_index(cards: Sequence[Card], encoder: Encoder, *, digest: str, old: In
 
     ``cards`` is walked over twice.
     """
-    nouns, found = class_terms(cards), _Words()
+    nouns, found = class_terms(cards), _Words(Sentences(encoder, is_large=len(cards) > EXACT, old=old))
     for card in cards:
         true = honest(card, nouns)
         found.add(true, is_stuffed=true is not card)
@@ -177,7 +179,7 @@ def build_index(cards: Sequence[Card], encoder: Encoder, *, digest: str, old: In
     spelled = sorted(found.spelled)
     grams_, gram_start, gram_words = _gram_postings(spelled)
     triggers = sorted(found.triggers)
-    trigger_cards = [found.triggers[key][1] for key in triggers]
+    trigger_start, trigger_cards = _trigger_cards(found, triggers)
     words_: dict[str, Any] = {
         "vocabulary": Strings.of(vocabulary),
         "df": np.array(found.df, np.int64)[order],
@@ -187,18 +189,23 @@ def build_index(cards: Sequence[Card], encoder: Encoder, *, digest: str, old: In
         "card_class": renumbered[np.array(found.nouns, np.int64)],
         "spellings": Strings.of(spelled),
         "triggers": Strings.of(triggers),
-        "trigger_start": _starts([len(one) for one in trigger_cards]),
-        "trigger_cards": np.fromiter(chain.from_iterable(trigger_cards), np.int32),
-        "trigger_rare": np.array([_is_made_up(*found.triggers[key], found, encoder) for key in triggers], np.uint8),
+        "trigger_start": trigger_start,
+        "trigger_cards": trigger_cards,
+        "trigger_rare": np.array(
+            [
+                _is_made_up(found.written[found.triggers[key]], int(n), found, encoder)
+                for key, n in zip(triggers, np.diff(trigger_start), strict=True)
+            ],
+            np.uint8,
+        ),
     }
-    texts = found.texts
+    sentences = found.sentences
     del found, vocabulary, order, sorted_place, spelled, triggers, trigger_cards  # memory, before vectors want it
-    text_keys = _text_keys(texts)
-    vectors, composer = _vectors(texts, text_keys, encoder, old)
+    vectors, composer = sentences.vectors()
     return Index(
         digest=digest,
         bm25=bm25,
-        text_keys=text_keys,
+        text_keys=sentences.keys,
         vectors=vectors,
         composer=composer,
         phrases=Strings.of(phrases),
@@ -216,42 +223,6 @@ def _starts(sizes: Sequence[int] | array[int] | NDArray[np.int64]) -> NDArray[np
     return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
 
 
-def _text_keys(texts: Sequence[str]) -> NDArray[np.int64]:
-    """Return 64 bits of each text's hash."""
-    hashes = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
-    return np.frombuffer(b"".join(hashes), np.int64)
-
-
-def _vectors(
-    texts: Sequence[str], keys: NDArray[np.int64], encoder: Encoder, old: Index | None
-) -> tuple[NDArray[np.float16], Composer | None]:
-    """Return the card vectors (N, 384), and how they were composed when there are too many to encode each."""
-    is_large = len(texts) > EXACT
-    found = np.zeros((len(texts), WIDTH), np.float16)
-    new = np.arange(len(texts))
-    if old is not None and (old.composer is not None) == is_large and len(old.text_keys):
-        by_key = np.argsort(old.text_keys, kind="stable")
-        place = by_key[np.minimum(np.searchsorted(old.text_keys[by_key], keys), len(by_key) - 1)]
-        is_known = old.text_keys[place] == keys
-        found[is_known] = old.vectors[place[is_known]]
-        new = np.flatnonzero(~is_known)
-        composer = old.composer
-    else:
-        composer = None
-    if is_large:
-        rows = token_rows([texts[i] for i in new.tolist()], encoder)
-        if composer is None:
-            composer = compose(rows, encoder, out=found)
-        else:
-            composer.fill(found, new, rows, encoder)
-        return found, composer
-    distinct = {int(keys[i]): texts[i] for i in new.tolist()}
-    fresh = dict(zip(distinct, encoder.encode(list(distinct.values())).astype(np.float16), strict=True))
-    for i in new:
-        found[i] = fresh[int(keys[i])]
-    return found, None
-
-
 def _phrase_vectors(phrases: Sequence[str], encoder: Encoder, old: Index | None) -> NDArray[np.float16]:
     found = np.zeros((len(phrases), WIDTH), np.float16)
     known = [None if old is None else old.phrases.get(phrase) for phrase in phrases]
@@ -263,12 +234,22 @@ def _phrase_vectors(phrases: Sequence[str], encoder: Encoder, old: Index | None)
     return found
 
 
-def _is_made_up(written: str, cards: array[int], found: _Words, encoder: Encoder) -> bool:
+def _trigger_cards(found: _Words, triggers: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Return where the cards of each of the sorted ``triggers`` begin (T + 1,), and the cards, each once, in order."""
+    sorted_place = np.zeros(len(triggers), np.int64)
+    sorted_place[[found.triggers[key] for key in triggers]] = np.arange(len(triggers))
+    pairs = np.array(found.trigger_pairs, np.int64).reshape(-1, 2)
+    pairs[:, 0] = sorted_place[pairs[:, 0]]
+    pairs = np.unique(pairs, axis=0)
+    return _starts(np.bincount(pairs[:, 0], minlength=len(triggers))), pairs[:, 1].astype(np.int32)
+
+
+def _is_made_up(written: str, n_cards: int, found: _Words, encoder: Encoder) -> bool:
     """Tell whether a trigger is made up: it has a word, not an ordinary one, that only the cards with it use."""
     is_phrase = " " in " ".join(fold(written).split())
     odd = [w for w in words(written) if not encoder.is_word(w) and not (is_phrase and _is_compound(w, encoder))]
     numbers = (found.numbers.get(t) for w in odd for t in split_term(w)[:1])
-    return any(found.df[number] <= len(cards) for number in numbers if number is not None)
+    return any(found.df[number] <= n_cards for number in numbers if number is not None)
 
 
 def _is_compound(word: str, encoder: Encoder) -> bool:
@@ -290,8 +271,8 @@ def _kept_phrases(found: _Words) -> tuple[list[str], NDArray[np.int32]]:
 def _kept_tags(found: _Words, renumbered: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Return where each card's tags begin (N + 1,), and the tags by their new numbers."""
     tags = renumbered[np.array(found.tag_phrases, np.int64)]
-    owner = np.repeat(np.arange(len(found.texts)), np.array(found.tag_sizes, np.int64))
-    return _starts(np.bincount(owner[tags >= 0], minlength=len(found.texts))), tags[tags >= 0]
+    owner = np.repeat(np.arange(len(found.sentences)), np.array(found.tag_sizes, np.int64))
+    return _starts(np.bincount(owner[tags >= 0], minlength=len(found.sentences))), tags[tags >= 0]
 
 
 def _gram_postings(vocabulary: Sequence[str]) -> tuple[Strings, NDArray[np.int64], NDArray[np.int32]]:

@@ -25,7 +25,7 @@ _MEANS = 64  # texts whose tokens' vectors are in memory at once: about 5 MB
 class TokenRows:
     """Token ids of N texts end to end, without the marks of beginning and end: text i has ``ids[start[i]:start[i + 1]]``."""
 
-    ids: NDArray[np.int32]
+    ids: NDArray[np.uint16]
     start: NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -81,15 +81,39 @@ def fit(means: Vectors, truth: Vectors) -> Composer:
     return Composer(centre, weights.astype(np.float32), offset)
 
 
+class TokenTexts:
+    """Texts taken in one by one and kept as tokens."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder, self._waiting = encoder, list[str]()
+        self._ids, self._sizes = array("H"), array("i")  # the tokenizer has 30 522 tokens
+
+    def add(self, text: str) -> None:
+        """Take in the next text."""
+        self._waiting.append(text)
+        if len(self._waiting) == _CHUNK:
+            self._split()
+
+    def rows(self) -> TokenRows:
+        """Return the tokens of all texts; none can be added after."""
+        self._split()
+        starts = np.concatenate([[0], np.cumsum(self._sizes, dtype=np.int64)]).astype(np.int64)
+        return TokenRows(np.frombuffer(self._ids, np.uint16), starts)
+
+    def _split(self) -> None:
+        for row in self._encoder.token_rows(self._waiting):
+            tokens = row[1:-1] or row[-1:]
+            self._ids.extend(tokens)
+            self._sizes.append(len(tokens))
+        self._waiting.clear()
+
+
 def token_rows(texts: Sequence[str], encoder: Encoder) -> TokenRows:
     """Return the tokens of texts."""
-    ids, sizes = array("i"), array("i")
-    for begin in range(0, len(texts), _CHUNK):
-        for row in encoder.token_rows(texts[begin : begin + _CHUNK]):
-            tokens = row[1:-1] or row[-1:]
-            ids.extend(tokens)
-            sizes.append(len(tokens))
-    return TokenRows(np.array(ids, np.int32), np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64))
+    found = TokenTexts(encoder)
+    for text in texts:
+        found.add(text)
+    return found.rows()
 
 
 def _token_vectors(rows: TokenRows, encoder: Encoder) -> _Tokens:

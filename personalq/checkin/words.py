@@ -47,7 +47,7 @@ def terms(text: str) -> list[str]:
     return found
 
 
-@functools.lru_cache(maxsize=65536)
+@functools.lru_cache(maxsize=16384)
 def split_term(word: str) -> tuple[str, ...]:
     """Return the terms of one word; 'cat2' gives ('cat2', 'cat', '2'), 'v2' gives ('version', '2')."""
     if word in _NUMBERS:
