@@ -25,9 +25,11 @@ def bootstrap(
     x, labels = np.asarray(values, float), np.asarray(groups)
     parts = [x[labels == name] for name in dict.fromkeys(labels.tolist())]
     generator = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for i in range(draws):
-        chosen = generator.integers(len(parts), size=len(parts))
-        means[i] = np.mean([generator.choice(parts[c], size=parts[c].size).mean() for c in chosen])
+    chosen = generator.integers(len(parts), size=(draws, len(parts)))
+    resampled = np.empty(chosen.shape)
+    for number, part in enumerate(parts):
+        taken = chosen == number
+        resampled[taken] = part[generator.integers(part.size, size=(int(taken.sum()), part.size))].mean(1)
+    means = resampled.mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(np.mean([part.mean() for part in parts])), float(low), float(high))

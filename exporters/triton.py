@@ -123,6 +123,9 @@ def write_optimised(graph: Path, folder: Path, manifest: Manifest) -> None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(folder / MODEL)
     options.log_severity_level = 3
+    options.add_session_config_entry(
+        "session.x64quantprecision", "1"
+    )  # without VNNI: weights whose products do not saturate
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "model.data")
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     made = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED)

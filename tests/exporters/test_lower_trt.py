@@ -81,7 +81,11 @@ def initializers(folder: Path, lowering: str) -> dict[str, np.ndarray]:
 
 def session(file: Path) -> ort.InferenceSession:
     """The graph on ONNX Runtime's CPU provider, which widens float16 to float32: types and arithmetic, no speed."""
-    return ort.InferenceSession(str(file), providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"])
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI: kernels that do not saturate
+    return ort.InferenceSession(
+        str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
+    )
 
 
 def feed(bundle: Path, graph: ort.InferenceSession) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """OpenVINO draws what ONNX Runtime draws, keeps what it compiled, and falls back to compiling when that is spoiled."""
 
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,7 @@ def test_another_version_of_openvino_compiles_for_itself(
 
 
 def test_a_bundle_that_cannot_be_written_is_served_and_says_so(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.rmtree(copied / "engines", ignore_errors=True)
     (copied / "engines").write_text("a file where the folder would be")
     with caplog.at_level(logging.WARNING, "personalq.runtime"):
         engine = OpenVinoEngine(copied, threads=1)
