@@ -71,11 +71,14 @@ def on_ray(made_bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
     cluster.add_node(**small)
     server = OnRay(make_repository(tmp_path_factory.mktemp("on_ray") / "repo", made_bundles), cluster.address)
-    wait_until(server.is_up, 180)
-    wait_until(lambda: server.residency()["budget_bytes"] == 200e6, 60)  # both replicas have reported
-    yield server
-    server.close()
-    cluster.shutdown()
+    try:
+        wait_until(server.is_up, 180)
+        server.draw("rex", steps=1, size="16x16")  # replicas report once something was routed
+        wait_until(lambda: server.residency()["budget_bytes"] == 200e6, 60)  # both have
+        yield server
+    finally:
+        server.close()
+        cluster.shutdown()
 
 
 def pixels(row: dict[str, Any]) -> np.ndarray:
