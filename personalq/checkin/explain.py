@@ -18,7 +18,7 @@ def explained_words(evidence: Evidence, column: int) -> set[str]:
     """Return the request's words that a candidate accounts for, folded; the base model it names is not one of them."""
     fields = [f for f, name in enumerate(FIELDS) if name != "source"]
     best = evidence.match[:, fields, column].max(1, initial=0.0)
-    return {word for word, value in zip(evidence.terms.texts, best, strict=True) if value >= _SHOWN}
+    return {word for word, value in zip(evidence.terms.texts, best.tolist(), strict=True) if value >= _SHOWN}
 
 
 def reasons(evidence: Evidence, column: int) -> tuple[str, ...]:
@@ -26,9 +26,8 @@ def reasons(evidence: Evidence, column: int) -> tuple[str, ...]:
     found = []
     if evidence.trigger[column] > 0:
         found.append("trigger said")
-    for field, name in enumerate(FIELDS):
-        row = zip(evidence.terms.texts, evidence.match[:, field, column], strict=True)
-        said = [word for word, value in row if value >= _SHOWN]
+    for name, values in zip(FIELDS, evidence.match[:, :, column].T.tolist(), strict=True):
+        said = [word for word, value in zip(evidence.terms.texts, values, strict=True) if value >= _SHOWN]
         if said:
             found.append(f"{name}: {', '.join(said[:6])}")
     for name, label in (("family", "base"), ("kind", "kind")):

@@ -81,11 +81,13 @@ def language(text: str, is_known: Callable[[str], bool]) -> str:
     scores = {}
     for code, lexicon in languages().items():
         frame = sum(word in lexicon.function_words for word in said)
+        if frame <= n_english and (frame or n_english):
+            continue  # English has the grammar
         things = [w for w in said if w not in lexicon.function_words and lexicon.meaning(w) and w != lexicon.meaning(w)]
         plain = [w for w in said if w not in lexicon.function_words and w not in things and w not in _ENGLISH]
         against = n_english + 0.5 * sum(is_known(w) for w in plain)
         things_new = sum(not is_known(w) for w in things)
-        if frame > n_english or (not frame and not n_english and things_new >= 2):
+        if frame or things_new >= 2:
             scores[code] = frame + len(things) - against
     best = max(scores, key=lambda code: (scores[code], code), default="")
     return best if best and scores[best] > 0.5 else ""
