@@ -5,6 +5,7 @@ Card text was written by strangers: it is cleaned of control and invisible chara
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import unicodedata
@@ -110,7 +111,12 @@ class Card(BaseModel):
 
 def is_style(card: Card) -> bool:
     """Tell whether a card is a way of drawing rather than a thing."""
-    return re.search(r"(?<![^\W_])style(?![^\W_])", card.class_noun, re.IGNORECASE) is not None
+    return _has_style(card.class_noun)
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_style(class_noun: str) -> bool:
+    return re.search(r"(?<![^\W_])style(?![^\W_])", class_noun, re.IGNORECASE) is not None
 
 
 def read_card(data: object, *, where: str) -> tuple[Card, tuple[str, ...]]:

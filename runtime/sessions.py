@@ -155,6 +155,8 @@ def open_session(
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
+    share_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     if not has_int8_dot_product():
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.prepack.enable_parallel", "1")
@@ -176,6 +178,17 @@ def open_session(
         )
     except Exception as error:  # onnxruntime raises its own classes over RuntimeError
         raise EngineError(f"{file}: cannot be opened: {one_line(error)}; export the checkpoint again") from error
+
+
+@cache
+def share_arena() -> None:
+    """Let all sessions of this process take their working memory from one arena, which grows by what is asked for.
+
+    An arena of its own keeps what a session's largest batch took, for every engine in memory, in powers of two.
+    """
+    ort, native = import_onnxruntime(), import_module("onnxruntime.capi._pybind_state")
+    memory = native.OrtMemoryInfo("Cpu", native.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, native.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, native.OrtArenaCfg({"arena_extend_strategy": 1}))
 
 
 def has_int8_dot_product() -> bool:

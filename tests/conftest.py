@@ -28,14 +28,22 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path):
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The families that this run traced, for tests that are not about tracing."""
+    from tests.repositories import shared_traces
+
+    return shared_traces(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, traces: Path):
     """(repository, {'fp32': ExportResult, 'taq': ExportResult}) of checkpoint 'rex'."""
     pytest.importorskip("torch", reason="torch is not installed: pip install 'personalq[export]'")
     from calibration.calibrate import CalibrateOptions, calibrate
     from exporters.export import export_checkpoint
     from tests.repositories import tiny_repository
 
-    repository = tiny_repository(tmp_path_factory.mktemp("repo"), tiny_base, tiny_pipeline())
+    repository = tiny_repository(tmp_path_factory.mktemp("repo"), tiny_base, tiny_pipeline(), traces)
     results = {}
     for policy in ("fp32", "taq"):
         spec = calibrate(repository, "rex", CalibrateOptions(policy=policy, samples=2, steps=3))

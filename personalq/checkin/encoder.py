@@ -15,6 +15,7 @@ from ..errors import CheckinError, MissingExtraError
 WIDTH = 384
 START, END = 101, 102  # the tokens that every text begins and ends with
 FOLDER = Path(__file__).parent / "encoder"
+_REMEMBERED = 4096  # vectors of 1.5 KB
 _RUN = 128  # tokens that are encoded at once: more make attention dearer, fewer read the weights more often
 Vectors = NDArray[np.float32]
 
@@ -39,6 +40,7 @@ class Encoder:
         )
         self._tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
+        self._remembered: dict[str, Vectors] = {}
 
     def is_word(self, word: str) -> bool:
         """Tell whether the tokenizer knows ``word`` whole: then it is a common word and not a typo."""
@@ -53,6 +55,19 @@ class Encoder:
         distinct = list(dict.fromkeys(texts))
         place = {text: i for i, text in enumerate(distinct)}
         return self.encode_rows(self.token_rows(distinct))[[place[text] for text in texts]]
+
+    def encode_remembering(self, texts: Sequence[str]) -> Vectors:
+        """Return what ``encode`` does: a text's vector is its own, so what was encoded lately is not encoded again.
+
+        For requests, whose nouns and scenes come back. May be called from any thread.
+        """
+        known = self._remembered  # another thread may begin a new one
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        found = dict(zip(missing, self.encode(missing), strict=True))
+        if len(known) + len(found) > _REMEMBERED:
+            self._remembered = {}
+        self._remembered.update(found)
+        return np.stack([found[text] if text in found else known[text] for text in texts])
 
     def encode_rows(self, rows: Sequence[Sequence[int]]) -> Vectors:
         """Return unit vectors (len(rows), 384) float32 of texts given as tokens, laid end to end: nothing is padded."""

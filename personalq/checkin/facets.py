@@ -40,15 +40,19 @@ def match_fields(terms_: Terms, index: Index, places: NDArray[np.int64]) -> Matr
         table[row, np.searchsorted(known, list(found))] = list(found.values())
     cells = (places[:, None] * n_fields + np.arange(n_fields)).ravel()
     sizes = index.field_start[cells + 1] - index.field_start[cells] + 1  # one empty term each: no segment is empty
-    starts = np.cumsum(sizes) - sizes
-    inside = np.arange(int(sizes.sum())) - np.repeat(starts, sizes)
-    is_term = inside < np.repeat(sizes - 1, sizes)
-    source = np.repeat(index.field_start[cells], sizes) + inside
-    ids = np.where(is_term, index.field_terms[np.minimum(source, len(index.field_terms) - 1)], -1)
+    source, starts = laid_end_to_end(index.field_start[cells], sizes)
+    ids = index.field_terms[np.minimum(source, len(index.field_terms) - 1)]
+    ids[starts + sizes - 1] = -1
     column = np.searchsorted(known, ids)
     is_known = np.append(known, -2)[column] == ids
     best = np.maximum.reduceat(table[:, np.where(is_known, column, len(known))], starts, axis=1)
     return np.asarray(best.reshape(len(terms_.texts), len(places), n_fields).transpose(0, 2, 1), np.float32)
+
+
+def laid_end_to_end(begin: NDArray[np.int64], sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the places begin[i], begin[i] + 1, ... (sizes[i] of them) of every i in one array, and where each i starts."""
+    starts = np.cumsum(sizes) - sizes
+    return np.arange(int(sizes.sum())) + np.repeat(begin - starts, sizes), starts
 
 
 def columns_of(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..card import Card
 from .encoder import Encoder
-from .facets import columns_of, match_fields
+from .facets import columns_of, laid_end_to_end, match_fields
 from .gloss import gloss
 from .index import Index
 from .intent import MAX_REQUEST, Intent, parse_request
@@ -53,7 +53,7 @@ def gather(request: str, cards: Sequence[Card], index: Index, encoder: Encoder) 
     found = expand(said, index)
     unknown = unknown_phrases(said, found)
     rest = f"{intent.attribute} {intent.scene}".strip() or intent.text
-    vectors = encoder.encode([intent.described, intent.head or intent.described, rest, *unknown])
+    vectors = encoder.encode_remembering([intent.described, intent.head or intent.described, rest, *unknown])
     add_meanings(found, index, dict(zip(unknown, vectors[3:], strict=True)))
     dense, dense_head, dense_rest = index.cosines(vectors[:3])
     bm25 = bm25_scores(found, index)
@@ -93,6 +93,10 @@ def _meanings(index: Index, places: NDArray[np.int64], head: Matrix) -> dict[str
         return {"class_meaning": np.zeros(len(places), np.float32), "tag_meaning": np.zeros(len(places), np.float32)}
     cosine = index.phrase_vectors32 @ head
     by_class = np.where(classes >= 0, cosine[np.maximum(classes, 0)], 0.0).astype(np.float32)
-    spans = [index.tag_phrases[index.tag_start[place] : index.tag_start[place + 1]] for place in places]
-    by_tag = np.array([cosine[span].max(initial=-1.0) if len(span) else 0.0 for span in spans], np.float32)
+    by_tag, begin = np.zeros(len(places), np.float32), index.tag_start[places]
+    sizes = index.tag_start[places + 1] - begin
+    tagged = sizes > 0
+    if tagged.any():
+        source, starts = laid_end_to_end(begin[tagged], sizes[tagged])
+        by_tag[tagged] = np.maximum.reduceat(np.maximum(cosine[index.tag_phrases[source]], -1.0), starts)
     return {"class_meaning": by_class, "tag_meaning": np.maximum(by_tag, by_class)}

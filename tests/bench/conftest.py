@@ -25,7 +25,7 @@ class Tiny:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Tiny:
+def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, traces: Path) -> Tiny:
     """'rex' and 'max', two random LoRAs over one base, under rex's W8A8 spec. Read only: copy a bundle before changing it."""
     pytest.importorskip("torch", reason="torch is not installed: pip install 'personalq[export]'")
     from bench._faults import export_with
@@ -35,7 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Tiny:
     from runtime.gate.request import sources_of
 
     root = tmp_path_factory.mktemp("gate")
-    repository = tiny_repository(root, tiny_base, tiny_pipeline())
+    repository = tiny_repository(root, tiny_base, tiny_pipeline(), traces)
     spec = calibrate(repository, "rex", CalibrateOptions(samples=1, steps=2))
     bundle = export_checkpoint(repository, "rex", spec.spec_path).bundle
     add_sibling(root)

@@ -20,6 +20,7 @@ from personalq.spec import LayerSpec, SpecFile
 from runtime.engine import OrtEngine
 from runtime.pipeline import Pipeline
 from tests.exporters import architectures
+from tests.repositories import add_family
 
 FLOAT = ("conv_in", "conv_out")
 Torch = Callable[[np.ndarray, float], Any]
@@ -31,6 +32,7 @@ class Made:
 
     name: str
     root: Path
+    traces: Path
 
     @cached_property
     def pipe(self) -> Any:
@@ -48,6 +50,7 @@ class Made:
             unet.save_pretrained(folder / "unet")
             card = {"id": name, "name": name, "kind": "dreambooth", "base": "tiny", "trigger": ["sks"]}
             (folder / "card.json").write_text(json.dumps(card))
+        add_family(self.root, "tiny", self.traces)
         return Repository.open(self.root)
 
     def family(self, repository: Repository) -> Family:

@@ -38,8 +38,8 @@ PROMPT = "a red mug on the beach! sks"
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return Made(request.param, tmp_path_factory.mktemp(request.param))
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, traces: Path) -> Made:
+    return Made(request.param, tmp_path_factory.mktemp(request.param), traces)
 
 
 def encode(made: Made, prompt: str) -> tuple[Any, Any]:

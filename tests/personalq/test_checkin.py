@@ -229,6 +229,25 @@ def test_the_encoder_gives_unit_vectors_that_do_not_depend_on_the_batch() -> Non
     np.testing.assert_array_equal(together[-1], together[0])
 
 
+def test_what_is_remembered_is_what_would_be_encoded_and_memory_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, texts = Encoder(), ["a dog", "the beach", "a dog"]
+    wanted = shared_encoder().encode(texts)
+    assert np.array_equal(encoder.encode_remembering(texts), wanted)
+    asked: list[str] = []
+    encode = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda some: asked.extend(some) or encode(some))
+    monkeypatch.setattr("personalq.checkin.encoder._REMEMBERED", 3)
+    assert np.array_equal(encoder.encode_remembering(["the beach", "a dog"]), wanted[1::-1]) and asked == []
+    encoder.encode_remembering(["a cat", "a dog", "a mug"])
+    assert asked == ["a cat", "a mug"]
+    assert np.array_equal(encoder.encode_remembering(texts), wanted) and asked == [
+        "a cat",
+        "a mug",
+        "a dog",
+        "the beach",
+    ]
+
+
 def test_a_missing_onnxruntime_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError, match=r"onnxruntime is not installed; run: pip install 'personalq\[cpu\]'"):

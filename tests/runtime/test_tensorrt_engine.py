@@ -30,11 +30,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[HostCuda, list[HostPlan]]:
 
 
 @pytest.fixture(scope="module", params=["sd1", "sdxl"])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, traces: Path) -> Path:
     pytest.importorskip("torch", reason="torch is not installed: pip install 'personalq[export]'")
     from tests.exporters.families import Made
 
-    folder: Path = Made(request.param, tmp_path_factory.mktemp(request.param)).bundle
+    folder: Path = Made(request.param, tmp_path_factory.mktemp(request.param), traces).bundle
     return folder
 
 
