@@ -12,7 +12,7 @@
 PYTHON ?= python3
 TORCH_PIP ?=
 OUT ?= demo-out
-PYTEST ?= -q -n 2 --dist loadfile
+PYTEST ?= -q -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 # Two workers with one thread each; more threads would only wait for each other.

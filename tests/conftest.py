@@ -13,7 +13,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never downloads
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
+# Files of minutes come first: a worker that got one last would end alone. They trace, serve on Ray, or draw the gallery.
+LONG = ("tests/test_path.py", "tests/exporters/test_families.py", "tests/runtime/serving/test_on_ray.py", "tests/fleet/")
 WORDS = ("a", "photo", "of", "dog", "cat", "mug", "red", "blue", "beach", "forest", "sks", "zwx", "in", "the", "style")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 @pytest.fixture(scope="session")
