@@ -124,8 +124,9 @@ def load_with_diffusers(base: Path, unet: Path) -> Any:
 
     made = []
     for kind, folder in ((UNet2DConditionModel, unet), (AutoencoderKL, base / "vae")):
+        described = folder if (folder / "config.json").is_file() else base / folder.name
         with torch.device("meta"):
-            model = kind.from_config(kind.load_config(folder))
+            model = kind.from_config(kind.load_config(described))
         model.load_state_dict(load_file(next(folder.glob("*.safetensors"))), assign=True, strict=False)
         made.append(model)
     with torch.device("meta"):
@@ -213,7 +214,10 @@ def main(arch: str, repo: Path | None, targets: tuple[str, ...], rounds: int, mo
         else:
             root, checkpoints = random_weights(arch, work or Path(temporary))
         bundles = [Store(root).find(name).bundle for name in checkpoints]
-        rows = [measure(target, bundles, rounds) for target in targets if not missing(target)]
+        rows = []
+        for target in (target for target in targets if not missing(target)):
+            rows.append(measure(target, bundles, rounds))
+            click.echo(json.dumps(rows[-1]), err=True)
         rows += peers(bundles, root, checkpoints, rounds)
     best = min((row for row in rows if "resident_p50_ms" in row), key=lambda row: row["cold_p50_s"])
     traces = evictions(best["cold_s"])
