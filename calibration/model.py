@@ -48,7 +48,9 @@ def load_pipeline(repository: Repository, card: Card, device: str = "cpu") -> Pi
     kind = StableDiffusionXLPipeline if SECOND_ENCODER in read_configs(base_dir) else StableDiffusionPipeline
     with quiet_libraries():
         pipe = kind.from_pretrained(base_dir, torch_dtype=torch.float32, local_files_only=True, **OPTIONS[kind])
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        # the base's own settings: StableDiffusionPipeline overrules a steps_offset of 0, the runtime obeys it
+        own = type(pipe.scheduler).from_pretrained(base_dir, subfolder="scheduler", local_files_only=True)
+        pipe.scheduler = DDIMScheduler.from_config(own.config)
         LOADERS[card.kind](pipe, folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
