@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
-
 from personalq.atomic import write_atomic
 from personalq.card import Card, folder_name
 from personalq.errors import SpecError
@@ -18,6 +16,7 @@ from personalq.repository import Repository
 from personalq.rows import KeptTokens
 from personalq.spec import REFERENCE, LayerSpec, Provenance, RowsSpec, Spec, SpecFile
 
+from .conditioning import Pipe
 from .decide import Decisions, decide, rule_of
 from .evidence import Evidence, Recipe
 from .model import load_pipeline, quantisable_layers
@@ -161,7 +160,7 @@ def float_layers(ranges: dict[str, LayerRanges], reason: str) -> dict[str, Layer
     }
 
 
-def card_tokens(pipe: StableDiffusionPipeline, card: Card) -> Tokens:
+def card_tokens(pipe: Pipe, card: Card) -> Tokens:
     """Token ids of the card's triggers and class noun, multi-vector triggers expanded as diffusers does."""
 
     def ids(text: str) -> tuple[int, ...]:
@@ -172,7 +171,7 @@ def card_tokens(pipe: StableDiffusionPipeline, card: Card) -> Tokens:
     return Tokens(triggers, (ids(card.class_noun),) if card.class_noun else ())
 
 
-def kept_words(kept: KeptTokens, pipe: StableDiffusionPipeline) -> tuple[str, ...]:
+def kept_words(kept: KeptTokens, pipe: Pipe) -> tuple[str, ...]:
     """Human names of the kept rows, for the command line and reports."""
     words = [pipe.tokenizer.decode(sequence).strip() for sequence in kept.trigger]
     words += ["<BOS>"] if kept.bos else []

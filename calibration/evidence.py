@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from personalq.numerics import INT4, INT8
 from personalq.rows import RowLayer, find_sequence, pack_layers
 
 from .attention import TriggerMap, watching_attention
+from .conditioning import Pipe, encode, heard
 from .gptq import Hessian, columns
-from .model import cross_attention, encode, packed_rows, quantisable_layers
+from .model import cross_attention, packed_rows, quantisable_layers
 from .reference import start_noise
 from .saved import load_observation, save_observation, statistics_key
 from .sensitivity import Harm, Points, layer_sensitivity
@@ -65,7 +65,7 @@ class Evidence:
     decided: what policies made of it so far (calibration.decide).
     """
 
-    pipe: StableDiffusionPipeline
+    pipe: Pipe
     recipe: Recipe
     progress: Progress = field(default=lambda text, done: None)
     saved: Path | None = None
@@ -152,11 +152,11 @@ class Watcher:
     def start(self, index: int) -> None:
         """A prompt begins: note its rows and the classes of its tokens."""
         recipe, pipe = self.evidence.recipe, self.evidence.pipe
-        ids, embeds = encode(pipe, ["", recipe.prompts[index]])
+        ids, told = encode(pipe, ["", recipe.prompts[index]])
         eos = pipe.tokenizer.eos_token_id
         self.classes = [row_classes(row.tolist(), recipe.trigger, recipe.class_noun, eos) for row in ids]
         self.columns = [[i for s in recipe.trigger for i in find_sequence(row.tolist(), s)] for row in ids]
-        rows = packed_rows(pipe.unet, embeds).numpy()
+        rows = packed_rows(pipe.unet, told.text).numpy()
         self.rows.add_rows(rows[1], self.classes[1])
 
     @contextmanager
@@ -185,9 +185,9 @@ class Watcher:
         self.weights = self.map.take()
         if self.calls in self.wanted:
             kept = slice(None) if self.pairs else slice(-1, None)
-            sample, text = args[0][kept].clone(), kwargs["encoder_hidden_states"][kept].clone()
+            sample, told = args[0][kept].clone(), [value.clone() for value in heard(kwargs).at(kept)]
             timestep = torch.as_tensor(args[1]).flatten()[:1].float().expand(len(sample))
-            self.kept.append((sample, timestep, text, self.weights[kept].clone()))
+            self.kept.append((sample, timestep, *told, self.weights[kept].clone()))
         self.calls += 1
 
     def points(self) -> Points:

@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from personalq.numerics import QTYPES, quantize
 from personalq.spec import LayerSpec
@@ -76,9 +75,9 @@ def correct(evidence: Evidence, layers: Mapping[str, LayerSpec], tensors: Tensor
     """
     rounded, lessons = rounded_layers(evidence, layers, tensors), evidence.lessons
     weights = {f"{name}.weight": r.weight() for name, r in rounded.items()}
-    exact = predictions(evidence, {})
+    exact = lessons.predict(evidence.pipe.unet)
     with quantised_activations(evidence.pipe.unet, rounded):
-        error = predictions(evidence, weights) - exact
+        error = lessons.predict(evidence.pipe.unet, weights) - exact
     bins = np.array([time_bin(float(t)) for t in lessons.timestep])
     gain, mean = np.zeros(N_TIME_BINS, np.float32), np.zeros((N_TIME_BINS, exact.shape[1]), np.float32)
     for number in set(bins.tolist()):
@@ -92,12 +91,3 @@ def correlated_part(y: Tensor, e: Tensor) -> tuple[float, Tensor]:
     """e = k y + r: k by least squares and the mean of r per channel. y, e: (N, C, h, w)."""
     k = float((e * y).sum() / (y * y).sum())
     return k, (e - k * y).mean((0, 2, 3))
-
-
-def predictions(evidence: Evidence, weights: Mapping[str, Tensor]) -> Tensor:
-    """(2N, 4, h, w) predictions at the lessons' points with these parameters in place of the UNet's own."""
-    lessons, unet, parts = evidence.lessons, evidence.pipe.unet, []
-    with torch.no_grad():
-        for s, t, c in zip(lessons.sample.split(32), lessons.timestep.split(32), lessons.text.split(32), strict=True):
-            parts.append(functional_call(unet, dict(weights), (s, t, c), {"return_dict": False})[0])
-    return torch.cat(parts)

@@ -6,10 +6,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
+from .conditioning import ITS_OWN, Conditioning, encode_guided, predict
 from .evidence import Evidence
-from .model import encode
 from .reference import start_noise
 from .tune import Rounded, guide, quantised_activations
 
@@ -18,21 +17,19 @@ PARTS, PROMPTS = 5, 4
 
 @dataclass(frozen=True)
 class Sampler:
-    """The FP32 UNet and its quantised twin under the recipe's prompts, guidance and steps. text: (2P, 77, C) pairs."""
+    """The FP32 UNet and its quantised twin under the recipe's prompts, guidance and steps. told: of 2P prompts, in pairs."""
 
     evidence: Evidence
     rounded: Mapping[str, Rounded]
     weights: Mapping[str, Tensor]
-    text: Tensor
+    told: Conditioning
 
     def predict(self, latents: Tensor, timestep: Tensor, *, quantised: bool) -> Tensor:
         """Guided prediction (P, 4, h, w)."""
-        unet, inputs = self.evidence.pipe.unet, (latents.repeat_interleave(2, 0), timestep, self.text)
-        if quantised:
-            with quantised_activations(unet, dict(self.rounded)):
-                found = functional_call(unet, dict(self.weights), inputs, {"return_dict": False})[0]
-        else:
-            found = unet(*inputs, return_dict=False)[0]
+        unet = self.evidence.pipe.unet
+        layers, weights = (dict(self.rounded), self.weights) if quantised else ({}, ITS_OWN)
+        with quantised_activations(unet, layers):
+            found = predict(unet, latents.repeat_interleave(2, 0), timestep, self.told, weights)
         return guide(found, self.evidence.recipe.guidance)
 
     def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
@@ -51,9 +48,8 @@ def harm_by_time(evidence: Evidence, rounded: Mapping[str, Rounded]) -> dict[flo
     pipe.scheduler.set_timesteps(recipe.steps)
     times = list(pipe.scheduler.timesteps)
     chosen = recipe.prompts[:PROMPTS]
-    _, embeds = encode(pipe, [text for prompt in chosen for text in ("", prompt)])
     weights = {f"{name}.weight": layer.weight() for name, layer in rounded.items()}
-    sampler = Sampler(evidence, rounded, weights, embeds)
+    sampler = Sampler(evidence, rounded, weights, encode_guided(pipe, list(chosen)))
     found: dict[float, float] = {}
     with torch.no_grad():
         path = exact_path(sampler, times, len(chosen))

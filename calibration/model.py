@@ -7,32 +7,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from personalq.card import Card
 from personalq.errors import RepositoryError
+from personalq.identity import SECOND_ENCODER, read_configs
 from personalq.repository import Repository
 
-WHOLE = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
+from .conditioning import Pipe
+
+WHOLE = {
+    "unet": UNet2DConditionModel,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "vae": AutoencoderKL,
+}
+OPTIONS: dict[type[Pipe], dict[str, Any]] = {
+    StableDiffusionPipeline: {"safety_checker": None, "requires_safety_checker": False},
+    StableDiffusionXLPipeline: {"add_watermarker": False},
+}
+# An SDXL embedding's file: which vectors belong to which text encoder and its tokenizer.
+EMBEDDING_PARTS = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
 
 
-def load_pipeline(repository: Repository, card: Card, device: str = "cpu") -> StableDiffusionPipeline:
+def load_pipeline(repository: Repository, card: Card, device: str = "cpu") -> Pipe:
     """The checkpoint's FP32 pipeline, DDIM scheduler, delta merged where diffusers can. Raises RepositoryError."""
     base_dir, folder = repository.base_dir(card), repository.checkpoint_dir(card.id)
+    kind = StableDiffusionXLPipeline if SECOND_ENCODER in read_configs(base_dir) else StableDiffusionPipeline
     with quiet_libraries():
-        pipe = StableDiffusionPipeline.from_pretrained(
-            base_dir,
-            torch_dtype=torch.float32,
-            safety_checker=None,
-            requires_safety_checker=False,
-            local_files_only=True,
-        )
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe = kind.from_pretrained(base_dir, torch_dtype=torch.float32, local_files_only=True, **OPTIONS[kind])
+        # the base's own settings: StableDiffusionPipeline overrules a steps_offset of 0, the runtime obeys it
+        own = type(pipe.scheduler).from_pretrained(base_dir, subfolder="scheduler", local_files_only=True)
+        pipe.scheduler = DDIMScheduler.from_config(own.config)
         LOADERS[card.kind](pipe, folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -55,13 +73,13 @@ def quiet_libraries() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _load_whole(pipe: StableDiffusionPipeline, folder: Path) -> None:
+def _load_whole(pipe: Pipe, folder: Path) -> None:
     for name, model in WHOLE.items():
         if (folder / name).is_dir():
             setattr(pipe, name, model.from_pretrained(folder / name, torch_dtype=torch.float32))
 
 
-def _load_lora(pipe: StableDiffusionPipeline, folder: Path) -> None:
+def _load_lora(pipe: Pipe, folder: Path) -> None:
     file = _only(folder, "*.safetensors")
     refuse_partly_loaded(file)
     pipe.load_lora_weights(folder, weight_name=file.name)
@@ -82,13 +100,31 @@ def refuse_partly_loaded(file: Path) -> None:
         )
 
 
-def _load_tokens(pipe: StableDiffusionPipeline, folder: Path) -> None:
+def _load_tokens(pipe: Pipe, folder: Path) -> None:
     for file in sorted(folder.glob("*.safetensors")):
-        if not file.name.startswith("pytorch_custom_diffusion"):
+        if file.name.startswith("pytorch_custom_diffusion"):
+            continue
+        if isinstance(pipe, StableDiffusionXLPipeline):
+            _load_two_parts(pipe, file)
+        else:
             pipe.load_textual_inversion(folder, weight_name=file.name)
 
 
-def _load_custom_diffusion(pipe: StableDiffusionPipeline, folder: Path) -> None:
+def _load_two_parts(pipe: StableDiffusionXLPipeline, file: Path) -> None:
+    """An embedding for both text encoders; the token is the file's name, as A1111 takes it."""
+    vectors = load_file(file)
+    if set(vectors) != set(EMBEDDING_PARTS) or len({x.shape[:-1] for x in vectors.values()}) != 1:
+        got = ", ".join(f"{name} {list(x.shape)}" for name, x in sorted(vectors.items()))
+        raise RepositoryError(
+            f"{file.name}: must hold clip_l and clip_g, as many vectors for each of SDXL's text encoders, got {got}; "
+            "add an embedding that was trained on SDXL"
+        )
+    for name, (encoder, tokenizer) in EMBEDDING_PARTS.items():
+        where = {"text_encoder": getattr(pipe, encoder), "tokenizer": getattr(pipe, tokenizer)}
+        pipe.load_textual_inversion(vectors[name], token=file.stem, **where)
+
+
+def _load_custom_diffusion(pipe: Pipe, folder: Path) -> None:
     file = _only(folder, "pytorch_custom_diffusion*.safetensors")
     # without _pipeline, diffusers 0.42 reads the file and sets nothing
     pipe.unet.load_attn_procs(folder, weight_name=file.name, _pipeline=pipe)
@@ -141,11 +177,3 @@ def packed_rows(unet: nn.Module, text_embeds: Tensor) -> Tensor:
     """text_embeds (B,77,C) -> rows (B,77,R): K then V of every cross-attention layer, side by side."""
     layers = [attention for _, attention in cross_attention(unet)]
     return torch.cat([project(text_embeds) for layer in layers for project in text_projections(layer)], dim=-1)
-
-
-def encode(pipe: StableDiffusionPipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """prompts -> (ids (P,77) int64, text_embeds (P,77,C) float32), as the diffusers pipeline does it."""
-    texts = [pipe.maybe_convert_prompt(prompt, pipe.tokenizer) for prompt in prompts]
-    ids = pipe.tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-    with torch.no_grad():
-        return ids, pipe.text_encoder(ids.to(pipe.device))[0]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from personalq.goldens import BLOCK_SAMPLES, LAYER_SAMPLES, sample_positions
 
 from .attention import watching_attention
+from .conditioning import Conditioning, predict
 from .model import cross_attention, quantisable_layers
 
 Float = npt.NDArray[np.float32]
@@ -34,8 +35,8 @@ class Outputs:
     block_sizes: dict[str, int]
 
 
-def sampled_outputs(unet: nn.Module, inputs: Sequence[tuple[Tensor, int, Tensor]]) -> Outputs:
-    """Run the UNet on each (sample (1,4,h,w), time step, text embeddings (1,77,C)) and keep samples of what it computes."""
+def sampled_outputs(unet: nn.Module, inputs: Sequence[tuple[Tensor, int, Conditioning]]) -> Outputs:
+    """Run the UNet on each (sample (1,4,h,w), time step, what it is told of one prompt) and keep samples of what it computes."""
     layers = quantisable_layers(unet)
     blocks = {
         name: module for name, module in unet.named_modules() if isinstance(module, ResnetBlock2D | Transformer2DModel)
@@ -54,8 +55,8 @@ def sampled_outputs(unet: nn.Module, inputs: Sequence[tuple[Tensor, int, Tensor]
     found: dict[str, list[Float]] = {"noise_pred": [], "attention": [], "layers": [], "blocks": []}
     try:
         with torch.no_grad(), watching_attention(unet, note):
-            for sample, timestep, embeds in inputs:
-                found["noise_pred"].append(unet(sample, torch.tensor(timestep), embeds).sample[0].numpy())
+            for sample, timestep, told in inputs:
+                found["noise_pred"].append(predict(unet, sample, torch.tensor(timestep), told)[0].numpy())
                 found["attention"].append(np.stack([attended[i] for i in range(len(cross_attention(unet)))]))
                 found["layers"].append(np.stack([kept[name] for name in layers]))
                 found["blocks"].append(np.stack([kept[name] for name in blocks]))

@@ -6,23 +6,23 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import StableDiffusionPipeline
 
 from personalq.atomic import write_atomic
 from personalq.card import Card, is_style
 from personalq.errors import RepositoryError
-from personalq.goldens import VERSION
+from personalq.goldens import POOLED, VERSION
 from personalq.header import read_header
 
 from .blob import same_bytes
-from .model import encode, packed_rows
+from .conditioning import Pipe, encode
+from .model import packed_rows
 from .outputs import sampled_outputs
 from .prompts import subject_of
 
 TIMESTEPS = (999, 799, 599, 399, 199, 39)
 
 
-def start_noise(pipe: StableDiffusionPipeline, seed: int) -> npt.NDArray[np.float32]:
+def start_noise(pipe: Pipe, seed: int) -> npt.NDArray[np.float32]:
     """(4,h,w) float32 start latents of a seed, as the runtime draws them."""
     side = pipe.unet.config.sample_size
     return np.random.default_rng(seed).standard_normal((pipe.unet.config.in_channels, side, side)).astype(np.float32)
@@ -50,21 +50,19 @@ def is_current(path: Path, checkpoint_sha256: str) -> bool:
     return metadata.get("version") == VERSION and metadata.get("checkpoint_sha256") == checkpoint_sha256
 
 
-def write_reference(
-    pipe: StableDiffusionPipeline, card: Card, path: Path, *, steps: int, guidance: float, checkpoint_sha256: str
-) -> None:
+def write_reference(pipe: Pipe, card: Card, path: Path, *, steps: int, guidance: float, checkpoint_sha256: str) -> None:
     """Run every part of the pipeline in FP32 and write inputs and outputs to `path` (safetensors, atomically)."""
     prompts = golden_prompts(card)
-    ids, embeds = encode(pipe, prompts)
+    ids, told = encode(pipe, prompts)
     generator = np.random.default_rng(7)
     side, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
     sample = generator.standard_normal((len(TIMESTEPS), channels, side, side)).astype(np.float32)
     prompt = np.array([1 + i % (len(prompts) - 1) for i in range(len(TIMESTEPS))], np.int64)
     noise = np.stack([start_noise(pipe, seed) for seed in range(2)])
     with torch.no_grad():
-        rows = packed_rows(pipe.unet, embeds)
+        rows = packed_rows(pipe.unet, told.text)
         inputs = [
-            (torch.from_numpy(sample[i : i + 1]), t, embeds[p : p + 1])
+            (torch.from_numpy(sample[i : i + 1]), t, told.at([p]))
             for (i, t), p in zip(enumerate(TIMESTEPS), prompt, strict=True)
         ]
         seen = sampled_outputs(pipe.unet, inputs)
@@ -74,7 +72,8 @@ def write_reference(
     images = ((decoded.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     tensors = {
         "ids": ids.numpy(),
-        "text_embeds": embeds.numpy(),
+        "text_embeds": told.text.numpy(),
+        **({POOLED: told.pooled.numpy()} if told.pooled.numel() else {}),
         "rows": rows.numpy(),
         "sample": sample,
         "timestep": np.array(TIMESTEPS, np.float32),
@@ -103,7 +102,7 @@ def write_reference(
 
 
 def _steps_taken(
-    pipe: StableDiffusionPipeline, sample: npt.NDArray[np.float32], noise_pred: npt.NDArray[np.float32], steps: int
+    pipe: Pipe, sample: npt.NDArray[np.float32], noise_pred: npt.NDArray[np.float32], steps: int
 ) -> dict[str, npt.NDArray[np.generic]]:
     """next_step (N,): a step of the schedule near each golden time; next_sample (N,4,h,w): where it leads from a sample."""
     pipe.scheduler.set_timesteps(steps)
@@ -117,7 +116,7 @@ def _steps_taken(
 
 
 def _image_latents(
-    pipe: StableDiffusionPipeline, prompt: str, noise: npt.NDArray[np.float32], steps: int, guidance: float
+    pipe: Pipe, prompt: str, noise: npt.NDArray[np.float32], steps: int, guidance: float
 ) -> torch.Tensor:
     return pipe(
         prompt,

@@ -24,7 +24,7 @@ from .sensitivity import Points
 from .statistics import N_TIME_BINS, LayerRanges
 from .text_rows import Moments, RowStatistics
 
-VERSION = "2"
+VERSION = "3"
 NAME = "statistics.safetensors"
 
 

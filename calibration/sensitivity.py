@@ -4,7 +4,7 @@ Measured, layer by layer, by replacing the weight with its quantised values in t
 set of (latent, time step, prompt) points that calibration met. Weights only: activations stay 8 bit in every policy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,22 +12,34 @@ from torch import Tensor, nn
 
 from personalq.numerics import QType, fake_quantize, mse_scale
 
+from .conditioning import ITS_OWN, Conditioning, predict
 from .model import quantisable_layers
+
+BATCH = 32
 
 
 @dataclass(frozen=True)
 class Points:
-    """Inputs met on the way: sample (N,4,h,w), timestep (N,), text (N,77,C), trigger weights (N,1,h,w) with mean 1."""
+    """Inputs met on the way: sample (N,4,h,w), timestep (N,), trigger weights (N,1,h,w) with mean 1; see Conditioning."""
 
     sample: Tensor
     timestep: Tensor
     text: Tensor
+    pooled: Tensor
+    time_ids: Tensor
     weights: Tensor
 
-    def predict(self, unet: nn.Module) -> Tensor:
-        """(N,4,h,w) noise prediction."""
+    @property
+    def told(self) -> Conditioning:
+        """What the UNet was told of the prompts."""
+        return Conditioning(self.text, self.pooled, self.time_ids)
+
+    def predict(self, unet: nn.Module, parameters: Mapping[str, Tensor] = ITS_OWN) -> Tensor:
+        """(N,4,h,w) predictions with these parameters in place of the UNet's own, BATCH at a time."""
+        parts = [slice(i, i + BATCH) for i in range(0, len(self.sample), BATCH)]
         with torch.no_grad():
-            return unet(self.sample, self.timestep, self.text, return_dict=False)[0]
+            made = [predict(unet, self.sample[p], self.timestep[p], self.told.at(p), parameters) for p in parts]
+        return torch.cat(made)
 
 
 @dataclass(frozen=True)

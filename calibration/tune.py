@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from personalq.numerics import QType
 
+from .conditioning import predict
 from .gptq import spread
 from .precision import autocast
 from .sensitivity import Points
@@ -132,14 +132,7 @@ def guide(prediction: Tensor, guidance: float) -> Tensor:
 
 def teach(unet: nn.Module, lessons: Points, guidance: float) -> Tensor:
     """(N, 4, h, w) guided FP32 predictions of the N pairs."""
-    with torch.no_grad():
-        parts = [
-            unet(s, t, c, return_dict=False)[0]
-            for s, t, c in zip(
-                lessons.sample.split(32), lessons.timestep.split(32), lessons.text.split(32), strict=True
-            )
-        ]
-    return guide(torch.cat(parts), guidance)
+    return guide(lessons.predict(unet), guidance)
 
 
 def guided_loss(
@@ -153,10 +146,9 @@ def guided_loss(
 ) -> Tensor:
     """Weighted squared error of the guided prediction, relative to the mean energy of all of them."""
     rows = torch.stack([2 * pick, 2 * pick + 1], 1).flatten()
-    inputs = (lessons.sample[rows], lessons.timestep[rows], lessons.text[rows])
     with autocast("cpu"):
-        prediction = functional_call(unet, parameters, inputs, {"return_dict": False})[0].float()
-    square = (guide(prediction, guidance) - targets[pick]) ** 2
+        prediction = predict(unet, lessons.sample[rows], lessons.timestep[rows], lessons.told.at(rows), parameters)
+    square = (guide(prediction.float(), guidance) - targets[pick]) ** 2
     if weighting == "trigger":
         square = square * lessons.weights[2 * pick + 1]
     return square.mean() / (targets**2).mean()

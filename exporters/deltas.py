@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +23,9 @@ Float = npt.NDArray[np.float32]
 Shapes = Mapping[str, tuple[int, ...]]
 
 TOKEN_EMBEDDING = "embeddings.token_embedding.weight"
+SECOND_ENCODER = "text_encoder_2"
+TOKEN_TABLES = {"text_encoder": TOKEN_EMBEDDING, SECOND_ENCODER: f"text_model.{TOKEN_EMBEDDING}"}
+EMBEDDING_PARTS = {"clip_l": "text_encoder", "clip_g": SECOND_ENCODER}  # the tensors of an SDXL embedding
 
 ANOTHER_BASE = "this delta was made for another base; add it with --base of the model it was trained on"
 
@@ -176,46 +178,83 @@ def custom_diffusion_edits(file: TensorFile, shapes: Mapping[str, Shapes], delta
 # --- Textual Inversion
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """One learned token: the file it is in, and the name of its tensor by text encoder."""
+
+    file: TensorFile
+    token: str
+    keys: Mapping[str, str]
+
+    def n_vectors(self) -> int:
+        return row_count(self.file.shape(next(iter(self.keys.values()))))
+
+    def pieces(self) -> tuple[str, ...]:
+        """The token and what diffusers calls its further vectors."""
+        return (self.token, *(f"{self.token}_{i}" for i in range(1, self.n_vectors())))
+
+
 def embedding_edits(
     files: Sequence[TensorFile], shapes: Mapping[str, Shapes], vocabulary: frozenset[str], delta: Delta
 ) -> None:
-    """Append every file's embeddings to the token embedding, as diffusers' load_textual_inversion does, files in order.
+    """Append every file's embeddings to the token embeddings, as diffusers' load_textual_inversion does, files in order.
 
     vocabulary: the base tokenizer's entries; the first new token gets the id len(vocabulary).
     """
-    base = shapes["text_encoder"][TOKEN_EMBEDDING]
-    keep = len(vocabulary) or base[0]
-    parts = [(file, key) for file in files for key in file.names()]
+    tables = {name: shapes[name][table] for name, table in TOKEN_TABLES.items() if name in shapes}
+    rows = tables["text_encoder"][0]
+    keep = len(vocabulary) or rows
+    learned = [one for file in files for one in (_of_two(file) if SECOND_ENCODER in tables else _of_one(file))]
     tokens: list[tuple[str, tuple[str, ...]]] = []
-    for file, key in parts:
-        shape = file.shape(key)
-        if not 1 <= len(shape) <= 2 or shape[-1] != base[1] or row_count(shape) < 1:
-            wanted = f"vectors of the base's width {base[1]}"
-            raise RepositoryError(f"{file.path.name}: {key}: must be {wanted}, got {list(shape)}; {ANOTHER_BASE}")
-        token = _token_name(file.path, key)
-        pieces = (token, *(f"{token}_{i}" for i in range(1, row_count(shape))))
+    for one in learned:
+        _check_widths(one, tables)
+        pieces = one.pieces()
         taken = [piece for piece in pieces if piece in vocabulary or any(piece in others for _, others in tokens)]
         if taken:
             raise RepositoryError(
-                f"{file.path.name}: token must be new to the base's tokenizer, got {taken[0]!r}; rename it in the file"
+                f"{one.file.path.name}: token must be new to the base's tokenizer, got {taken[0]!r}; rename it in the file"
             )
-        tokens.append((token, pieces))
-    if keep > base[0]:
+        tokens.append((one.token, pieces))
+    if keep > rows:
         raise RepositoryError(
-            f"tokenizer: must have at most the {base[0]} tokens of the text encoder, got {keep}; repair the base"
+            f"tokenizer: must have at most the {rows} tokens of the text encoder, got {keep}; repair the base"
         )
-    if parts:
-        delta.put("text_encoder", TOKEN_EMBEDDING, AppendedRows(keep, tuple(parts)))
+    if learned:
+        for encoder in tables:
+            parts = tuple((one.file, one.keys[encoder]) for one in learned)
+            delta.put(encoder, TOKEN_TABLES[encoder], AppendedRows(keep, parts))
         delta.added_tokens += tuple(tokens)
 
 
-def _token_name(path: Path, key: str) -> str:
-    """A1111's safetensors call the tensor 'emb_params' and take the token from the file's name; all others name it."""
-    if key in ("clip_l", "clip_g"):
+def _check_widths(one: Embedding, tables: Mapping[str, tuple[int, ...]]) -> None:
+    for encoder, key in one.keys.items():
+        shape, width = one.file.shape(key), tables[encoder][1]
+        if not 1 <= len(shape) <= 2 or shape[-1] != width or row_count(shape) < 1:
+            wanted = f"vectors of the base's width {width}"
+            raise RepositoryError(f"{one.file.path.name}: {key}: must be {wanted}, got {list(shape)}; {ANOTHER_BASE}")
+
+
+def _of_one(file: TensorFile) -> list[Embedding]:
+    """A token for each tensor. A1111 calls it 'emb_params' and takes the token from the file's name; all others name it."""
+    two = next((key for key in file.names() if key in EMBEDDING_PARTS), None)
+    if two is not None:
         raise RepositoryError(
-            f"{path.name}: must be an embedding for one text encoder, got SDXL's {key!r}; this is not supported yet"
+            f"{file.path.name}: must be an embedding for one text encoder, got SDXL's {two!r}; {ANOTHER_BASE}"
         )
-    return path.stem if key == "emb_params" else key
+    names = {key: file.path.stem if key == "emb_params" else key for key in file.names()}
+    return [Embedding(file, token, {"text_encoder": key}) for key, token in names.items()]
+
+
+def _of_two(file: TensorFile) -> list[Embedding]:
+    """SDXL: one token, named by the file, with as many vectors for the second text encoder as for the first."""
+    shapes = {key: file.shape(key) for key in sorted(file.names())}
+    if set(shapes) != set(EMBEDDING_PARTS) or len({row_count(shape) for shape in shapes.values()}) != 1:
+        got = ", ".join(f"{key} {list(shape)}" for key, shape in shapes.items())
+        raise RepositoryError(
+            f"{file.path.name}: must hold clip_l and clip_g, as many vectors for each of SDXL's text encoders, got {got}; "
+            "add an embedding that was trained on SDXL"
+        )
+    return [Embedding(file, file.path.stem, {encoder: key for key, encoder in EMBEDDING_PARTS.items()})]
 
 
 def unmatched(file: TensorFile, keys: Sequence[str]) -> RepositoryError:

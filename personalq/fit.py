@@ -83,11 +83,11 @@ def check_custom_diffusion(header: Header, base: Path, *, where: str) -> None:
 
 
 def check_embedding(header: Header, base: Path, *, where: str) -> None:
-    """Raise RepositoryError unless learned vectors have the width of the base's token embeddings."""
-    table = next(
-        (s for n, s in component_shapes(base, "text_encoder").items() if n.endswith("token_embedding.weight")), None
-    )
+    """Raise RepositoryError unless learned vectors have the width of the base's token embeddings ('clip_g': the second's)."""
     for name, shape in header.shapes.items():
+        encoder = "text_encoder_2" if name == "clip_g" else "text_encoder"
+        tables = (s for n, s in component_shapes(base, encoder).items() if n.endswith("token_embedding.weight"))
+        table = next(tables, None)
         if table is not None and (not shape or shape[-1] != table[-1]):
             raise _other_base(
                 where, base, f"{shape[-1] if shape else 0} numbers for {name[:40]}", f"{table[-1]} per token"

@@ -20,6 +20,7 @@ TENSORS = (
     # sampled outputs; the metadata has {name: values in the whole output} of both, in the same order.
     *("next_step", "next_sample", "attention", "layers", "blocks"),
 )
+POOLED = "pooled"  # SDXL alone: (prompts, P), the second encoder's pooled text
 LAYER_SAMPLES, BLOCK_SAMPLES = 32, 256
 
 

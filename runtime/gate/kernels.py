@@ -82,10 +82,9 @@ def kernels(subject: Subject) -> Iterator[Check]:
 def kernels_that_run(subject: Subject) -> Counter[str]:
     """How many nodes of each kind ran in one step of the UNet, from ONNX Runtime's own profile."""
     file = inside(subject.bundle, unet_file(subject.manifest))
-    feed = {"sample": subject.golden["sample"][:1], "timestep": subject.golden["timestep"][:1]}
     with tempfile.TemporaryDirectory() as folder:
         session = open_session(file, subject.threads, profile=Path(folder) / "profile")
-        session.run(None, {**feed, **subject.conditioning(0)})
+        session.run(None, subject.feed(0))
         events = json.loads(Path(session.end_profiling()).read_text())
     names = {
         (event["name"], event["args"]["op_name"])

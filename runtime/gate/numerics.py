@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from personalq.goldens import POOLED
 from personalq.numerics import cosine, psnr_db, snr_db
 from personalq.rows import end_of_prompt, find_sequence
 
@@ -25,9 +26,15 @@ def text_encoder(subject: Subject) -> Iterator[Check]:
     golden = subject.golden
     ids = np.stack([subject.pipeline.tokenizer.encode(prompt).ids for prompt in subject.prompts])
     yield at_most("token ids that differ", int((ids != golden["ids"]).sum()), 0)
-    embeds = subject.pipeline.embed(subject.prompts).states
-    worst = min(cosine(golden["text_embeds"][i], embeds[i]) for i in range(len(embeds)))
-    yield at_least("text encoder cosine", worst, subject.limits.text_cosine)
+    embeds = subject.pipeline.embed(subject.prompts)
+    yield at_least("text encoder cosine", _worst(golden["text_embeds"], embeds.states), subject.limits.text_cosine)
+    if embeds.pooled is not None:
+        yield at_least("pooled text cosine", _worst(golden[POOLED], embeds.pooled), subject.limits.text_cosine)
+
+
+def _worst(reference: Float, value: Float) -> float:
+    """The lowest cosine of any prompt."""
+    return min(cosine(r, v) for r, v in zip(reference, value, strict=True))
 
 
 def text_rows(subject: Subject) -> Iterator[Check]:

@@ -21,7 +21,8 @@ from .subject import Subject
 QUANTISERS = ("QuantizeLinear", "DynamicQuantizeLinear", "Round")
 # A kept row's way ends where it is multiplied with something else: what comes out is attention, no longer a row.
 PRODUCTS = ("MatMul", "Softmax", "Gemm", "Attention", "MultiHeadAttention", "Shape", "Size")
-COMPONENT_OF = {"unet": "unet", "text_rows": "unet", "text_encoder": "text_encoder", "vae_decoder": "vae"}
+COMPONENT_OF = {"unet": "unet", "text_rows": "unet", "vae_decoder": "vae"}
+COMPONENT_OF |= {name: name for name in ("text_encoder", "text_encoder_2")}
 
 
 def spec_in_graph(subject: Subject) -> Iterator[Check]:
@@ -137,6 +138,7 @@ def stored_weights(subject: Subject) -> Iterator[Check]:
         return
     graphs = subject.manifest.graphs
     files = {"text_rows": graphs.text_rows, "text_encoder": graphs.text_encoder, "vae_decoder": graphs.vae_decoder}
+    files |= {"text_encoder_2": graphs.text_encoder_2} if graphs.text_encoder_2 else {}
     files |= {f"unet.{lowering}": file for lowering, file in graphs.unet.items() if lowering != LOWERING}
     opened = {"unet": subject.unet, **{name: subject.graph(file) for name, file in files.items()}}
     layers, tensors = subject.spec_file.spec.layers, subject.spec_file.tensors

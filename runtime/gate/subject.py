@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from personalq.bundle import Manifest, inside
 from personalq.errors import BundleError
-from personalq.goldens import GOLDEN, TENSORS, VERSION
+from personalq.goldens import GOLDEN, POOLED, TENSORS, VERSION
 from personalq.rows import find_sequence
 from personalq.spec import SpecFile, read_spec
 
-from ..engine import Conditioning, OrtEngine, TextEmbeds, unet_file
+from ..engine import Conditioning, OrtEngine, TextEmbeds, unet_feed, unet_file
 from ..pipeline import Pipeline, PromptRows
 from .limits import LIMITS, precision
 from .onnxfile import Graph, read_graph
@@ -110,7 +110,7 @@ class Subject:
 
     def embeds(self, prompt: int) -> TextEmbeds:
         """The golden text embeddings of one prompt; SDXL's goldens hold its pooled text too."""
-        states, pooled = self.golden["text_embeds"][prompt], self.golden.get("pooled")
+        states, pooled = self.golden["text_embeds"][prompt], self.golden.get(POOLED)
         return TextEmbeds(states[None], None if pooled is None else pooled[prompt][None])
 
     @cached_property
@@ -123,6 +123,12 @@ class Subject:
         """What golden input n conditions the UNet on."""
         return self.rows[int(self.golden["prompt"][n])].conditioning
 
+    def feed(self, n: int) -> dict[str, npt.NDArray[Any]]:
+        """Every input of the UNet for golden input n, a batch of one."""
+        sample, timestep = (self.golden[name][n : n + 1] for name in ("sample", "timestep"))
+        told = unet_feed(self.manifest, self.conditioning(n), *sample.shape[2:])
+        return {"sample": sample, "timestep": timestep, **told}
+
     def nudged(self, amount: np.float32, seed: int) -> "Subject":
         """The same bundle, its golden inputs moved by a relative +-amount: what another machine's float order might do."""
         generator = np.random.default_rng(seed)
@@ -133,8 +139,9 @@ class Subject:
 
         other = Subject(self.bundle, self.manifest, self.sources, self.threads, references=self.references, move=move)
         other.engine, other.pipeline = self.engine, self.pipeline
-        for name in ("text_embeds", "sample", "start_noise", "latent"):
-            other.golden[name] = move(self.golden[name])
+        for name in ("text_embeds", "sample", "start_noise", "latent", POOLED):
+            if name in self.golden:
+                other.golden[name] = move(self.golden[name])
         return other
 
     def noise_pred(self, conditioning: Conditioning, n: int) -> Float:

@@ -110,7 +110,6 @@ def _noise(subject: Subject, *layers: str) -> float:
     session = open_session(file, subject.threads, model=with_floats(subject, layers) if layers else None)
     total = 0.0
     for n in np.linspace(0, len(golden["sample"]) - 1, N_INPUTS).astype(int):
-        feed = {"sample": golden["sample"][n : n + 1], "timestep": golden["timestep"][n : n + 1]}
-        predicted = session.run(["noise_pred"], {**feed, **subject.conditioning(int(n))})[0][0]
+        predicted = session.run(["noise_pred"], subject.feed(int(n)))[0][0]
         total += 10 ** (-snr_db(golden["noise_pred"][n], predicted) / 10)
     return total

@@ -169,7 +169,5 @@ def look(subject: Subject) -> Seen:
 
 def _runs(subject: Subject, session: Session) -> Iterator[dict[str, Float]]:
     names = [value.name for value in session.get_outputs()]
-    golden = subject.golden
-    for n in range(len(golden["sample"])):
-        feed = {"sample": golden["sample"][n : n + 1], "timestep": golden["timestep"][n : n + 1]}
-        yield dict(zip(names, session.run(names, {**feed, **subject.conditioning(n)}), strict=True))
+    for n in range(len(subject.golden["sample"])):
+        yield dict(zip(names, session.run(names, subject.feed(n)), strict=True))

@@ -61,12 +61,14 @@ class SpecLayer(nn.Module):
         return out
 
 
-def reference_prediction(repository: Any, file: SpecFile, sample: Any, timestep: float, rows: Any) -> np.ndarray:
-    """The spec's prediction, from the checkpoint's FP32 weights and the bundle's rows."""
+def reference_prediction(
+    repository: Any, file: SpecFile, sample: Any, timestep: float, rows: Any, *added: Any
+) -> np.ndarray:
+    """The spec's prediction, from its checkpoint's FP32 weights and the bundle's rows; SDXL: text_embeds, time_ids too."""
     from calibration.model import load_pipeline, quantisable_layers
     from exporters.trace import UNetFromRows
 
-    unet = load_pipeline(repository, repository.card("rex")).unet
+    unet = load_pipeline(repository, repository.card(file.spec.checkpoint)).unet
     parameters = dict(unet.named_parameters())
     for name in file.spec.tuned:
         parameters[name].data.copy_(torch.from_numpy(file.tensors[f"{name}.tuned"]))
@@ -75,7 +77,8 @@ def reference_prediction(repository: Any, file: SpecFile, sample: Any, timestep:
             parent, _, child = name.rpartition(".")
             setattr(unet.get_submodule(parent), child, SpecLayer(name, module, file))
     with torch.no_grad():
-        found = UNetFromRows(unet)(torch.from_numpy(sample), torch.tensor([timestep]), torch.from_numpy(rows)).numpy()
+        inputs = (sample, np.array([timestep], np.float32), rows, *added)
+        found = UNetFromRows(unet)(*(torch.from_numpy(value) for value in inputs)).numpy()
     if file.spec.corrected:
         part = min(int(timestep * 5 / 1000), 4)
         mean = file.tensors["correction.mean"][part].reshape(1, -1, 1, 1)
