@@ -14,7 +14,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 # Files of minutes come first: a worker that got one last would end alone. They trace, serve on Ray, or draw the gallery.
-LONG = ("tests/test_path.py", "tests/exporters/test_families.py", "tests/runtime/serving/test_on_ray.py", "tests/fleet/")
+LONG = (
+    "tests/test_path.py",
+    "tests/exporters/test_families.py",
+    "tests/runtime/serving/test_on_ray.py",
+    "tests/fleet/",
+)
 WORDS = ("a", "photo", "of", "dog", "cat", "mug", "red", "blue", "beach", "forest", "sks", "zwx", "in", "the", "style")
 
 

@@ -192,7 +192,7 @@ def test_refit_is_tried_on_every_input_that_an_architecture_has(made: Made) -> N
     assert np.isfinite(session.run(None, dict(feed))[0]).all()
 
 
-@pytest.mark.parametrize("made", ["sd1", "sdxl"], indirect=True)
+@pytest.mark.parametrize("made", ["sd1"], indirect=True)  # the only second trace of a test run; sdxl was equal too
 def test_another_checkpoint_of_the_stored_family_is_byte_identical_to_a_fresh_trace(made: Made, tmp_path: Path) -> None:
     """'max' is exported, W8A8, through the family that 'rex' traced, then again where no family is stored."""
     assert made.bundle
