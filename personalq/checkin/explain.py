@@ -12,6 +12,8 @@ from .words import fold, terms
 
 MAX_OPTIONS = 4
 _SHOWN = 0.5
+_AS_ASKED = tuple((NAMES.index(name), label) for name, label in (("family", "base"), ("kind", "kind")))
+_CLASH = NAMES.index("colour_clash")
 
 
 def explained_words(evidence: Evidence, column: int) -> set[str]:
@@ -23,20 +25,21 @@ def explained_words(evidence: Evidence, column: int) -> set[str]:
 
 def reasons(evidence: Evidence, column: int) -> tuple[str, ...]:
     """Return the facets that matched, clash or are missing, strongest first."""
-    found = []
-    if evidence.trigger[column] > 0:
-        found.append("trigger said")
+    found = ["trigger said"] if evidence.trigger[column] > 0 else []
+    texts, known = evidence.terms.texts, set[str]()
     for name, values in zip(FIELDS, evidence.match[:, :, column].T.tolist(), strict=True):
-        said = [word for word, value in zip(evidence.terms.texts, values, strict=True) if value >= _SHOWN]
+        said = [word for word, value in zip(texts, values, strict=True) if value >= _SHOWN]
         if said:
             found.append(f"{name}: {', '.join(said[:6])}")
-    for name, label in (("family", "base"), ("kind", "kind")):
-        value = evidence.features[column, NAMES.index(name)]
-        found += [f"{label} as asked"] if value > 0 else [f"other {label} than asked"] if value < 0 else []
-    if evidence.features[column, NAMES.index("colour_clash")] > 0:
+        known.update(said if name != "source" else ())
+    values = evidence.features[column]
+    for place, label in _AS_ASKED:
+        found += (
+            [f"{label} as asked"] if values[place] > 0 else [f"other {label} than asked"] if values[place] < 0 else []
+        )
+    if values[_CLASH] > 0:
         found.append("other colour than asked")
-    known = explained_words(evidence, column)
-    missing = [w for w, z in zip(evidence.terms.texts, evidence.terms.zones, strict=True) if z < 2 and w not in known]
+    missing = [word for word, zone in zip(texts, evidence.terms.zones, strict=True) if zone < 2 and word not in known]
     if missing:
         found.append(f"not on the card: {', '.join(missing[:6])}")
     return tuple(found)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,8 +94,8 @@ def columns_of(
         "head_regret": head_any.max(initial=0.0) - head_any,
         "all_regret": all_any.max(initial=0.0) - all_any,
         "name_regret": name_weight.max(initial=0.0) - name_weight,
-        "family": _agreement(_families(chosen, intent), intent.families),
-        "kind": _agreement([frozenset({card.kind}) for card in chosen], intent.kinds),
+        "family": _agreement(lambda card: families_in(_base_text(card)), chosen, intent.families),
+        "kind": _agreement(lambda card: frozenset({card.kind}), chosen, intent.kinds),
         "style_match": wants_style * is_style,
         "style_mismatch": wants_style * (1 - is_style),
         "personal_style": float(intent.is_personal and not intent.has_style_cue) * is_style,
@@ -124,18 +124,15 @@ def _name_cover(terms_: Terms, index: Index, places: NDArray[np.int64], match: M
     return np.minimum(said / sizes, 1.5).astype(np.float32), said.astype(np.float32)
 
 
-def _families(cards: Sequence[Card], intent: Intent) -> list[frozenset[str]]:
-    """Return the families of base models that each card names; nobody looks when none was asked for."""
-    return [families_in(_base_text(card)) if intent.families else frozenset() for card in cards]
-
-
 def _base_text(card: Card) -> str:
     return f"{card.base.replace('/', ' ')} {' '.join(card.tags)}"
 
 
-def _agreement(have: list[frozenset[str]], want: frozenset[str]) -> Matrix:
+def _agreement(have: Callable[[Card], frozenset[str]], cards: Sequence[Card], want: frozenset[str]) -> Matrix:
     """Return +1 where a card has what is wanted, -1 where it has something else, 0 where either is unknown."""
-    return np.array([0 if not want or not h else 1 if want & h else -1 for h in have], np.float32)
+    if not want:
+        return np.zeros(len(cards), np.float32)
+    return np.array([0 if not (found := have(card)) else 1 if want & found else -1 for card in cards], np.float32)
 
 
 def _colour_clash(terms_: Terms, cards: Sequence[Card], anywhere: Matrix) -> Matrix:

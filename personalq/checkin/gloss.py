@@ -6,6 +6,7 @@ or an object after the noun is put where English has it. Unknown words stay as t
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Callable
@@ -78,12 +79,12 @@ def language(text: str, is_known: Callable[[str], bool]) -> str:
     n_english = sum(word in _ENGLISH for word in said)
     if n_english * 2 > len(said):
         return ""
-    scores = {}
+    scores, is_known = {}, functools.cache(is_known)
     for code, lexicon in languages().items():
-        frame = sum(word in lexicon.function_words for word in said)
+        frame = len(lexicon.function_words.intersection(said))
         if frame <= n_english and (frame or n_english):
             continue  # English has the grammar
-        things = [w for w in said if w not in lexicon.function_words and lexicon.meaning(w) and w != lexicon.meaning(w)]
+        things = [w for w in said if w not in lexicon.function_words and (lexicon.meaning(w) or w) != w]
         plain = [w for w in said if w not in lexicon.function_words and w not in things and w not in _ENGLISH]
         against = n_english + 0.5 * sum(is_known(w) for w in plain)
         things_new = sum(not is_known(w) for w in things)
