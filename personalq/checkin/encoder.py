@@ -16,6 +16,7 @@ WIDTH = 384
 START, END = 101, 102  # the tokens that every text begins and ends with
 FOLDER = Path(__file__).parent / "encoder"
 _REMEMBERED = 4096  # vectors of 1.5 KB
+_FEW = 16
 _RUN = 128  # tokens that are encoded at once: more make attention dearer, fewer read the weights more often
 Vectors = NDArray[np.float32]
 
@@ -48,6 +49,8 @@ class Encoder:
 
     def token_rows(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of texts, marks of beginning and end with them, at most 128 each."""
+        if len(texts) <= _FEW:  # a batch goes to other threads: waking them takes longer than a request's few words
+            return [self._tokenizer.encode(text).ids for text in texts]
         return [row.ids for row in self._tokenizer.encode_batch(list(texts))]
 
     def encode(self, texts: Sequence[str]) -> Vectors:

@@ -79,19 +79,28 @@ def language(text: str, is_known: Callable[[str], bool]) -> str:
     n_english = sum(word in _ENGLISH for word in said)
     if n_english * 2 > len(said):
         return ""
-    scores, is_known = {}, functools.cache(is_known)
-    for code, lexicon in languages().items():
-        frame = len(lexicon.function_words.intersection(said))
+    scores, roles = {}, [_roles(word) for word in said]
+    for place, code in enumerate(languages()):
+        frame = sum(role[place] == "frame" for role in roles)
         if frame <= n_english and (frame or n_english):
             continue  # English has the grammar
-        things = [w for w in said if w not in lexicon.function_words and (lexicon.meaning(w) or w) != w]
-        plain = [w for w in said if w not in lexicon.function_words and w not in things and w not in _ENGLISH]
-        against = n_english + 0.5 * sum(is_known(w) for w in plain)
-        things_new = sum(not is_known(w) for w in things)
+        things = [word for word, role in zip(said, roles, strict=True) if role[place] == "thing"]
+        plain = [w for w, role in zip(said, roles, strict=True) if role[place] == "plain" and w not in _ENGLISH]
+        against = n_english + 0.5 * sum(is_known(word) for word in plain)
+        things_new = sum(not is_known(word) for word in things)
         if frame or things_new >= 2:
             scores[code] = frame + len(things) - against
     best = max(scores, key=lambda code: (scores[code], code), default="")
     return best if best and scores[best] > 0.5 else ""
+
+
+@functools.lru_cache(maxsize=8192)
+def _roles(word: str) -> tuple[str, ...]:
+    """Return what a folded word is in each language: of its 'frame', a 'thing' that English calls otherwise, or 'plain'."""
+    return tuple(
+        "frame" if word in lexicon.function_words else "thing" if (lexicon.meaning(word) or word) != word else "plain"
+        for lexicon in languages().values()
+    )
 
 
 @dataclass
