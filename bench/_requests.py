@@ -42,6 +42,8 @@ class CachingEncoder(Encoder):
         self.seen |= dict(zip(new, self.inner.encode(new), strict=True)) if new else {}
         return np.stack([self.seen[t] for t in texts]) if texts else np.zeros((0, 384), np.float32)
 
+    encode_remembering = encode
+
 
 @dataclass(frozen=True)
 class Request:
