@@ -94,6 +94,8 @@ class Commands(click.Group):
             raise OneLine(str(MissingExtraError(package, EXTRAS[package]))) from error
         except BrokenPipeError:
             raise  # the reader left; click ends quietly
+        except FileNotFoundError as error:
+            raise OneLine(f"{error.filename or 'file'}: must exist, got nothing there; check the path") from error
         except OSError as error:
             where, reason = error.filename or "system", error.strerror or str(error)
             raise OneLine(f"{where}: must be usable, got '{reason}'; check permissions and free space") from error
