@@ -208,6 +208,11 @@ FAILURES = {
         1,
         "personalq: torch is not installed; run: pip install 'personalq[export]'\n",
     ),
+    "no such path": (
+        FileNotFoundError(2, "No such file or directory", "/a"),
+        1,
+        "personalq: /a: must exist, got nothing there; check the path\n",
+    ),
     "full disk": (
         OSError(28, "No space left on device", "/a"),
         1,
@@ -265,9 +270,4 @@ def test_each_line_stays_in_order(tmp_path: Path) -> None:
 
     ran = invoke(lambda: each_line(file, "request", Echo), "--json")
     assert json.loads(ran.stdout.splitlines()[0]) == {"request": "a"}
-    assert ran.exit_code == 1 and ran.stdout.count('"error"') == 2    (
-        FileNotFoundError(2, "No such file or directory", "/a"),
-        1,
-        "personalq: /a: must exist, got nothing there; check the path\n",
-    ),
-
+    assert ran.exit_code == 1 and ran.stdout.count('"error"') == 2
