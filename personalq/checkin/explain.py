@@ -26,12 +26,11 @@ def explained_words(evidence: Evidence, column: int) -> set[str]:
 def reasons(evidence: Evidence, column: int) -> tuple[str, ...]:
     """Return the facets that matched, clash or are missing, strongest first."""
     found = ["trigger said"] if evidence.trigger[column] > 0 else []
-    texts, known = evidence.terms.texts, set[str]()
+    texts = evidence.terms.texts
     for name, values in zip(FIELDS, evidence.match[:, :, column].T.tolist(), strict=True):
         said = [word for word, value in zip(texts, values, strict=True) if value >= _SHOWN]
         if said:
             found.append(f"{name}: {', '.join(said[:6])}")
-        known.update(said if name != "source" else ())
     values = evidence.features[column]
     for place, label in _AS_ASKED:
         found += (
@@ -39,6 +38,7 @@ def reasons(evidence: Evidence, column: int) -> tuple[str, ...]:
         )
     if values[_CLASH] > 0:
         found.append("other colour than asked")
+    known = explained_words(evidence, column)
     missing = [word for word, zone in zip(texts, evidence.terms.zones, strict=True) if zone < 2 and word not in known]
     if missing:
         found.append(f"not on the card: {', '.join(missing[:6])}")
