@@ -37,10 +37,10 @@ from personalq import audit
 from personalq.bundle import read_manifest
 from personalq.errors import RepositoryError
 from personalq.repository import Repository
+from runtime.memory import allocated_bytes
 from runtime.pipeline import Picture, Settings
 from runtime.residency import GreedyDual
 from runtime.serving.worker import graph_bytes
-from runtime.sessions import memory_bytes
 from runtime.store import Store
 
 BUSY = 0.8  # of a replica's time: what is left keeps queues short
@@ -217,11 +217,11 @@ def measure(bundles: Sequence[Path], target: str, rounds: int = 3) -> tuple[Cost
     for turn in range(rounds + 1):
         kept = loader(target)
         for bundle in bundles:
-            before = memory_bytes()
-            seconds = timed(pinned, kept, bundle)
+            before = allocated_bytes()
+            seconds = timed(pinned, kept, bundle).wall
             if turn:
                 loads.append(seconds)
-                took.append(max(memory_bytes() - before, graph_bytes(read_manifest(bundle))))
+                took.append(max(allocated_bytes() - before, graph_bytes(read_manifest(bundle))))
         pipeline = pinned(kept, bundles[0])
         started = time.perf_counter()
         for step in pipeline.denoise([Picture("a photo", "", turn)], Settings()):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from onnxruntime import InferenceSession
 from personalq.bundle import read_manifest
 from personalq.repository import Repository
 from runtime.engine import open_engine
+from runtime.memory import draw_environment
 from runtime.pipeline import Pipeline
 from runtime.residency import GreedyDual, LeastRecent, Loaded, Ranking, Residency
 from runtime.serving.worker import graph_bytes, is_unchanged
@@ -208,6 +210,9 @@ def quantiles(name: str, took: Sequence[Took]) -> dict[str, Any]:
 @click.option("--work", type=click.Path(path_type=Path), help="Keep the random weights here and use them again.")
 def main(arch: str, repo: Path | None, targets: tuple[str, ...], rounds: int, most: int, work: Path | None) -> None:
     """Time switching between checkpoints."""
+    environment = draw_environment()
+    if environment != dict(os.environ):  # malloc as in a server's drawing process, which reads it when a process starts
+        os.execve(sys.executable, [sys.executable, "-m", "bench.switch", *sys.argv[1:]], environment)
     with tempfile.TemporaryDirectory() as temporary:
         if arch == "gallery":
             root, checkpoints = gallery(Repository.open(repo), most)

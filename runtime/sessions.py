@@ -21,6 +21,8 @@ from personalq.bundle import Manifest, inside
 from personalq.engines import check_engine, engine_at, keeping_engine
 from personalq.errors import EngineError, MissingExtraError, RepositoryError
 
+from .memory import allocated_bytes
+
 logger = logging.getLogger("personalq.runtime")
 
 Session = Any  # onnxruntime.InferenceSession: the package has no types, and is imported when a session is opened
@@ -34,7 +36,7 @@ _EXTERNAL_FROM = "1024"  # bytes; smaller tensors lie in the graph file
 
 @dataclass(frozen=True)
 class Opened:
-    """A session, the files it may have mapped, and the private memory that opening it took."""
+    """A session, the files it may have mapped, and the memory that opening it took."""
 
     session: Session
     files: Mapping[Path, Stamp] = field(default_factory=dict)
@@ -53,9 +55,9 @@ def open_shared(bundle: Path, manifest: Manifest, file: str, threads: int | None
     key = _sharing_key(manifest, file, threads)
     found = _shared.get(key)
     if found is None or not found.is_whole():
-        before = memory_bytes()
+        before = allocated_bytes()
         session = open_session(inside(bundle, file), threads)
-        found = Opened(session, _stamps(bundle, manifest, file), max(memory_bytes() - before, 0))
+        found = Opened(session, _stamps(bundle, manifest, file), max(allocated_bytes() - before, 0))
         _shared[key] = found
     return found
 
@@ -66,7 +68,7 @@ def is_shared(manifest: Manifest, file: str, threads: int | None) -> bool:
 
 
 def shared_bytes() -> int:
-    """Private memory of all sessions that `open_shared` holds open."""
+    """Memory of all sessions that `open_shared` holds open."""
     return sum(opened.bytes for opened in list(_shared.values()))
 
 
@@ -74,33 +76,39 @@ def _sharing_key(manifest: Manifest, file: str, threads: int | None) -> tuple[st
     return (*graph_hashes(manifest, file).values(), str(threads))
 
 
-def open_prepared(bundle: Path, manifest: Manifest, file: str, threads: int | None) -> Opened:
+def open_prepared(
+    bundle: Path, manifest: Manifest, file: str, threads: int | None, *, is_packed: bool = True
+) -> Opened:
     """A graph as ONNX Runtime optimised it on this machine: read back, or made now and kept where that can be written."""
     parts = {
         **{"target": "onnxruntime", "graph": file, "bundle": manifest.key},
         **{f"sha256 of {name}": sha256 for name, sha256 in graph_hashes(manifest, file).items()},
-        **{"onnxruntime": version_of_onnxruntime(), "device": device_name()},
+        **{"onnxruntime": version_of_onnxruntime(), "device": device_name(), "convolutions": "as exported"},
     }
-    found = _read_back(bundle, parts, threads)
+    if not has_int8_dot_product():
+        parts["convolutions"] = "flat"
+    found = _read_back(bundle, parts, threads, is_packed)
     if found is not None:
         return found
     graph = inside(bundle, file)
     try:
         with keeping_engine(bundle, parts, PREPARED) as folder:
-            session = open_session(graph, threads, save=folder / PREPARED)
+            session = open_session(graph, threads, save=folder / PREPARED, is_packed=is_packed)
+            if parts["convolutions"] == "flat":
+                import_module(".flat_convs", __package__).flatten_convs(folder / PREPARED)
     except (RepositoryError, EngineError) as error:
-        session = open_session(graph, threads)  # says what is wrong when it is the graph
+        session = open_session(graph, threads, is_packed=is_packed)  # says what is wrong when it is the graph
         logger.warning("%s: not prepared for the next opening: %s", file, error)
     return Opened(session, _stamps(bundle, manifest, file))
 
 
-def _read_back(bundle: Path, parts: Mapping[str, str], threads: int | None) -> Opened | None:
+def _read_back(bundle: Path, parts: Mapping[str, str], threads: int | None, is_packed: bool) -> Opened | None:
     try:
         kept = engine_at(bundle, parts)
         if kept is None:
             return None
         check_engine(kept)
-        session = open_session(kept.path, threads, is_prepared=True)
+        session = open_session(kept.path, threads, is_prepared=True, is_packed=is_packed)
     except EngineError as error:
         logger.warning("%s; preparing it again", error)
         return None
@@ -142,11 +150,13 @@ def open_session(
     model: bytes | None = None,
     save: Path | None = None,
     is_prepared: bool = False,
+    is_packed: bool = True,
 ) -> Session:
     """Open one graph on the CPU; `profile`: where to write what every node did. Raises EngineError in one line.
 
     model: an edited copy of the graph, opened in place of `file` with the weights that lie beside it. save: where to write
-    the optimised graph, its weights beside it; is_prepared: `file` is such a graph.
+    the optimised graph, its weights beside it; is_prepared: `file` is such a graph. is_packed: weights are copied at once, in
+    the order in which kernels read them; else at each run.
     """
     ort = import_onnxruntime()
     if not file.is_file():
@@ -160,6 +170,8 @@ def open_session(
     if not has_int8_dot_product():
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.prepack.enable_parallel", "1")
+    if not is_packed:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if is_prepared:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if save is not None:
@@ -216,15 +228,6 @@ def device_name() -> str:
         lines = [platform.processor()]
     said = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}) or lines[:1]
     return f"{platform.machine()} {hashlib.sha256('|'.join(said).encode()).hexdigest()[:16]}"
-
-
-def memory_bytes() -> int:
-    """Private memory of this process in bytes (0 where /proc is not there)."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def one_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from ..memory import draw_environment
 from .messages import HEAD, Message, pack, sizes
 from .options import DrawOptions
 
@@ -161,7 +162,11 @@ class DrawProcess:
         told = json.dumps({**asdict(self._options), "repository": str(self._options.repository)})
         pipe = asyncio.subprocess.PIPE
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "runtime.serving.worker", told), stdin=pipe, stdout=pipe, start_new_session=True
+            *(sys.executable, "-m", "runtime.serving.worker", told),
+            stdin=pipe,
+            stdout=pipe,
+            start_new_session=True,
+            env=draw_environment(),
         )
         assert self._process.stdout is not None
         try:

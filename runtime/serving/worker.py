@@ -20,9 +20,10 @@ from personalq.bundle import Manifest
 from personalq.errors import PersonalQError
 
 from ..engine import open_engine
+from ..memory import allocated_bytes, memory_bytes
 from ..pipeline import Picture, Pipeline, Settings
 from ..residency import Loaded, Residency
-from ..sessions import is_shared, memory_bytes, shared_bytes
+from ..sessions import is_shared, shared_bytes
 from ..store import open_store
 from .messages import Message, pack, read
 from .options import MEGABYTE, DrawOptions
@@ -104,9 +105,9 @@ class Worker:
     def _load(self, key: str) -> Loaded[Pipeline]:
         name, _, bundle = key.partition("|")
         self._store.ensure(Path(bundle))
-        before = memory_bytes() - shared_bytes()
+        before = allocated_bytes() - shared_bytes()
         pipeline = Pipeline(open_engine(name, Path(bundle), self._threads))
-        took = memory_bytes() - shared_bytes() - before
+        took = allocated_bytes() - shared_bytes() - before
         return Loaded(pipeline, max(took, graph_bytes(pipeline.manifest, shared_graphs(pipeline.manifest))))
 
     def _estimate(self, key: str) -> int:

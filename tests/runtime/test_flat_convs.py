@@ -1,0 +1,102 @@
+"""Flattened convolutions give the same bytes as those ONNX Runtime wrote; what cannot be flat stays as it is."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from runtime.flat_convs import flatten_convs
+from runtime.sessions import PREPARED, open_session
+
+SHAPE = (2, 32, 9, 11)  # N, C, H, W
+
+
+def quantised_conv(folder: Path, kernel: tuple[int, int] = (3, 3), **attributes: Any) -> Path:
+    """A graph of one convolution with 8-bit weights, activations and results, as `exporters/lower_ort.py` writes them."""
+    random = np.random.default_rng(0)
+    group = attributes.get("group", 1)
+    weight = random.integers(-127, 128, (64, SHAPE[1] // group, *kernel)).astype(np.int8)
+    scales = random.uniform(0.001, 0.01, 64).astype(np.float32)
+    constants = {
+        **{"w": weight, "ws": scales, "wz": np.zeros(64, np.int8), "b": random.standard_normal(64).astype(np.float32)},
+        **{"s": np.float32(0.02), "z": np.uint8(128), "os": np.float32(0.05)},
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=0),
+        helper.make_node("Conv", ["xd", "wd", "b"], ["y"], name="conv", kernel_shape=kernel, **attributes),
+        helper.make_node("QuantizeLinear", ["y", "os", "z"], ["yq"]),
+        helper.make_node("DequantizeLinear", ["yq", "os", "z"], ["out"]),
+    ]
+    ends = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", SHAPE[1], "h", "w_"]),
+        helper.make_tensor_value_info("out", TensorProto.FLOAT, None),
+    ]
+    held = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "one", ends[:1], ends[1:], held)
+    file = folder / "conv.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), file)
+    return file
+
+
+def prepared(folder: Path, **told: Any) -> Path:
+    open_session(quantised_conv(folder, **told), 1, save=folder / PREPARED)
+    return folder / PREPARED
+
+
+def outputs(graph: Path) -> Any:
+    session = open_session(graph, 1, is_prepared=True)
+    return [
+        session.run(None, {"x": np.random.default_rng(1).standard_normal((n, SHAPE[1], h, w)).astype(np.float32)})[0]
+        for n, h, w in ((2, 9, 11), (1, 4, 4), (1, 1, 1), (3, 8, 2))
+    ]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"pads": [1, 1, 1, 1], "strides": [1, 1]},
+        {"pads": [1, 1, 1, 1], "strides": [2, 2]},
+        {"pads": [0, 1, 2, 3], "strides": [2, 1]},
+        {"kernel": (1, 3), "pads": [0, 1, 0, 1], "strides": [1, 1]},
+        {"kernel": (5, 3), "pads": [2, 1, 2, 1], "strides": [1, 2]},
+    ],
+    ids=str,
+)
+def test_a_flat_convolution_gives_the_same_bytes(tmp_path: Path, told: dict[str, Any]) -> None:
+    graph = prepared(tmp_path, **told)
+    before, size = outputs(graph), (tmp_path / "prepared.data").stat().st_size
+    assert flatten_convs(graph) == 1
+    made = onnx.load(graph, load_external_data=False)
+    onnx.checker.check_model(graph)
+    (node,) = (node for node in made.graph.node if node.op_type == "QLinearConv")
+    (weight,) = (tensor for tensor in made.graph.initializer if tensor.name == node.input[3])
+    height, width = told.get("kernel", (3, 3))
+    assert list(weight.dims) == [64, 1, height, width * SHAPE[1]]
+    assert (tmp_path / "prepared.data").stat().st_size == size
+    after = outputs(graph)
+    assert all(np.array_equal(one, two) for one, two in zip(before, after, strict=True))
+    assert np.ptp(before[0]) > 1
+    assert flatten_convs(graph) == 0  # it is flat already
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"kernel": (1, 1), "pads": [0, 0, 0, 0], "strides": [1, 1]},
+        {"pads": [1, 1, 1, 1], "strides": [1, 1], "group": 2},
+        {"pads": [2, 2, 2, 2], "strides": [1, 1], "dilations": [2, 2]},
+        {"pads": [1, 1, 1, 1]},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_flat_is_left_alone(tmp_path: Path, told: dict[str, Any]) -> None:
+    graph = prepared(tmp_path, **told)
+    files = [graph, tmp_path / "prepared.data"]
+    before = [file.read_bytes() for file in files]
+    assert flatten_convs(graph) == 0
+    assert [file.read_bytes() for file in files] == before
