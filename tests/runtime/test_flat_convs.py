@@ -1,5 +1,6 @@
 """Flattened convolutions give the same bytes as those ONNX Runtime wrote; what cannot be flat stays as it is."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from personalq.engines import ENGINES
+from runtime import sessions
+from runtime.engine import OrtEngine
 from runtime.flat_convs import flatten_convs
+from runtime.pipeline import Pipeline
 from runtime.sessions import PREPARED, open_session
 
 SHAPE = (2, 32, 9, 11)  # N, C, H, W
@@ -100,3 +105,17 @@ def test_what_cannot_be_flat_is_left_alone(tmp_path: Path, told: dict[str, Any])
     before = [file.read_bytes() for file in files]
     assert flatten_convs(graph) == 0
     assert [file.read_bytes() for file in files] == before
+
+
+def test_a_unet_opened_again_draws_the_same_picture(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "has_int8_dot_product", lambda: False)
+    bundle = shutil.copytree(exported[1]["taq"].bundle, tmp_path / "bundle")
+    shutil.rmtree(bundle / ENGINES, ignore_errors=True)
+    as_exported, as_prepared = [Pipeline(OrtEngine(bundle, 1)).image("sks dog", seed=1, steps=2) for _ in range(2)]
+    assert np.array_equal(as_exported, as_prepared)
+    graphs = [onnx.load(file, load_external_data=False).graph for file in (bundle / ENGINES).glob(f"*/{PREPARED}")]
+    convs = [node for graph in graphs for node in graph.node if node.op_type == "QLinearConv"]
+    kernels = [next(told.ints for told in node.attribute if told.name == "kernel_shape") for node in convs]
+    assert sum(width > height for height, width in kernels) >= 10
