@@ -20,13 +20,14 @@ from exporters.family import Family, open_family
 from exporters.plain import row_layers, unquantised_spec
 from exporters.weights import open_weights
 from personalq.identity import weights_sha256
-from personalq.numerics import INT8, absmax_scale
+from personalq.numerics import INT7, INT8, absmax_scale
 from personalq.repository import SHIPPED, Repository
 from personalq.rows import KeptTokens
 from personalq.spec import LayerSpec, RowsSpec, SpecFile
 
 BASE, CHECKPOINTS = "base", ("first", "next")
 WEIGHTS = "model.safetensors"
+WEIGHTS_OF = {"w8a8": INT8, "w7a8": INT7}
 POOL = 1 << 24  # normals drawn once; every tensor is a window of them
 
 _UNET = {
@@ -122,11 +123,11 @@ class Large:
     trace_seconds: float
 
     def spec(self, checkpoint: str, name: str) -> Path:
-        """The checkpoint's spec: 'w8a8', or unquantised 'fp32' or 'fp16'."""
+        """The checkpoint's spec: 'w8a8', 'w7a8', or unquantised 'fp32' or 'fp16'."""
         folder = self.repository.root / "specs" / checkpoint
         path = folder / f"{name}.json"
         if not path.is_file():
-            made = self._w8a8(checkpoint) if name == "w8a8" else self._plain(checkpoint, name)
+            made = self._quantised(checkpoint, name) if name in WEIGHTS_OF else self._plain(checkpoint, name)
             made.write(path)
         return path
 
@@ -135,8 +136,9 @@ class Large:
         sha256 = weights_sha256(base, self.repository.checkpoint_dir(checkpoint))
         return unquantised_spec(self.family, checkpoint, sha256, name)
 
-    def _w8a8(self, checkpoint: str) -> SpecFile:
-        """Everything but the first and last convolution W8A8, weights by absmax, activations by a fixed scale."""
+    def _quantised(self, checkpoint: str, bits: str) -> SpecFile:
+        """Everything but the first and last convolution, weights by absmax, activations in 8 bits by a fixed scale."""
+        weight = WEIGHTS_OF[bits]
         plain = self._plain(checkpoint, "fp16").spec
         base = self.repository.root / "bases" / BASE
         unet = open_weights(base, self.repository.checkpoint_dir(checkpoint), "dreambooth").component("unet")
@@ -145,12 +147,12 @@ class Large:
             if name in ("conv_in", "conv_out"):
                 layers[name] = layer
                 continue
-            layers[name] = LayerSpec(op=layer.op, weight="int8", activation="int8", found_by="fixed")
-            tensors[f"{name}.weight_scale"] = absmax_scale(unet.read(f"{name}.weight"), INT8, 0)
+            layers[name] = LayerSpec(op=layer.op, weight=weight.name, activation="int8", found_by="fixed")
+            tensors[f"{name}.weight_scale"] = absmax_scale(unet.read(f"{name}.weight"), weight, 0)
             tensors[f"{name}.input_scale"] = np.float32(6 / 127)
             tensors[f"{name}.output_scale"] = np.float32(6 / 127)
         rows = RowsSpec(kept=KeptTokens(slots=8, bos=True), layers=tuple(row_layers(self.family)))
-        fields = {"name": "w8a8", "policy": "fixed", "bits": "w8a8", "layers": layers, "rows": rows}
+        fields = {"name": bits, "policy": "fixed", "bits": bits, "layers": layers, "rows": rows}
         return SpecFile(plain.model_copy(update=fields), {k: np.asarray(v) for k, v in tensors.items()})
 
 

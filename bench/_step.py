@@ -154,6 +154,7 @@ ENGINES: Mapping[str, tuple[str, Open]] = {
     "openvino bf16": ("fp32", openvino_graph("bf16")),
     "quantize_static on onnxruntime": ("fp32", peer_graph),
     "ours on onnxruntime": ("w8a8", bundle_engine("onnxruntime")),
+    "ours on onnxruntime, w7a8": ("w7a8", bundle_engine("onnxruntime")),
     "ours on openvino": ("w8a8", bundle_engine("openvino")),
 }
 

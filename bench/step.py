@@ -92,7 +92,7 @@ def main(
         large = build(folder, arch, lambda text: click.echo(text, err=True))
         bundles = {
             name: export_checkpoint(large.repository, "next", large.spec("next", name)).bundle
-            for name in ("fp32", "w8a8")
+            for name in ("fp32", "w8a8", "w7a8")
         }
         rows = []
         for batch in batches:

@@ -22,11 +22,23 @@ from .statistics import LayerRanges
 
 Tensors = dict[str, npt.NDArray[Any]]
 Array = npt.NDArray[np.float32]
-BITS = {"w8a8": ("int8", "int8"), "w6a8": ("int6", "int8"), "w4a8": ("int4", "int8"), "w4a16": ("int4", "float")}
+BITS = {
+    "w8a8": ("int8", "int8"),
+    "w7a8": ("int7", "int8"),
+    "w6a8": ("int6", "int8"),
+    "w4a8": ("int4", "int8"),
+    "w4a16": ("int4", "float"),
+}
 BLOCKS = (64, 32, 16)  # lengths that ONNX Runtime's and TensorRT's 4-bit products know, the longest first
 FIND = {"mse": mse_scale, "absmax": absmax_scale}
 LEARN = {"gptq": gptq, "adaround": adaround}
-BYTES = {"float": 2.0, "int8": 1.0, "int6": 1.0, "int4": 0.5}  # per weight on disk; 6 bits are simulated in a byte
+BYTES = {
+    "float": 2.0,
+    "int8": 1.0,
+    "int7": 1.0,
+    "int6": 1.0,
+    "int4": 0.5,
+}  # per weight on disk; 7 and 6 bits lie in a byte
 CONTENT = (
     ".attn2.",
     ".ff.",
@@ -93,7 +105,7 @@ def decide_layers(evidence: Evidence, rule: Rule, bits: str, budget_bytes: int |
 
 def finished(evidence: Evidence, rule: Rule, decisions: Decisions) -> Decisions:
     """What needs all layers decided: tuning of floats, correction of the prediction."""
-    if rule.tune and any(QTYPES[d.weight].bits < 8 for d in decisions.layers.values() if d.weight != "float"):
+    if rule.tune and any(QTYPES[d.weight].bits < 7 for d in decisions.layers.values() if d.weight != "float"):
         tensors, tuned = tune_decisions(evidence, decisions.layers, decisions.tensors, rule.weighting)
         layers = {
             name: d if d.weight == "float" else d.model_copy(update={"rounding": "stored"})

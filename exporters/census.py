@@ -12,8 +12,8 @@ from personalq.spec import LayerSpec
 # What a weight may pass through between its initializer and the product.
 _WEIGHT_PATH = {"Transpose", "DequantizeLinear", "QuantizeLinear", "Cast", "Reshape"}
 _STORED = {ir.DataType.INT8: "int8", ir.DataType.INT4: "int4"}
-# How a spec's weight type is stored: six bits have no ONNX type and sit in int8.
-STORED_AS = {"int6": "int8"}
+# How a spec's weight type is stored: seven and six bits have no ONNX type and sit in int8.
+STORED_AS = {"int7": "int8", "int6": "int8"}
 
 
 @dataclass(frozen=True)

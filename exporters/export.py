@@ -15,6 +15,7 @@ import onnx_ir as ir
 from personalq.atomic import atomic_directory, settle
 from personalq.bundle import (
     MANIFEST,
+    SPEC,
     CheckpointEntry,
     FileEntry,
     Graphs,
@@ -180,7 +181,7 @@ def write_parts(job: Job, lowered: Lowered) -> None:
         report = part(job, name.replace("_", " "), 0.8, 0.95)
         write_graph(model, tensors, source.read, job.folder / f"{name}.onnx", f"{name}.data", report)
     text = write_tokenizers(job.base_dir, job.weights, job.folder)
-    job.spec_file.write(job.folder / "spec.json")
+    job.spec_file.write(job.folder / SPEC)
     (job.folder / MANIFEST).write_bytes(manifest_bytes(manifest_of(job, lowered, text)))
 
 

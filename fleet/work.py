@@ -11,7 +11,7 @@ from personalq.errors import SpecError
 DEFAULT_SPEC = "taq-w8a8"
 NOT_VERIFIED = "none"
 REFERENCES = ("fp16", "fp32")  # specs that need no calibration
-_SPEC_NAME = re.compile(r"[a-z0-9][a-z0-9-]*-w(8|6|4)a8")
+_SPEC_NAME = re.compile(r"[a-z0-9][a-z0-9-]*-w(8|7|6|4)a8")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def spec_name(asked: Path | None) -> str:
     name = "" if asked is None else str(asked)
     if name and name not in REFERENCES and not _SPEC_NAME.fullmatch(name):
         raise SpecError(
-            f"--spec: must be fp16, fp32 or POLICY-w8a8, -w6a8 or -w4a8 (such as taq-w4a8) for many checkpoints, "
+            f"--spec: must be fp16, fp32 or POLICY-w8a8, -w7a8, -w6a8 or -w4a8 (such as taq-w4a8) for many checkpoints, "
             f"got {name[:80]!r}; a spec file belongs to one checkpoint"
         )
     return name

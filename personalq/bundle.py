@@ -17,6 +17,7 @@ from .rows import KeptTokens, RowLayer
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
+SPEC = "spec.json"
 HASHED_AT_ONCE = 4  # files; more would wait for the disk
 
 

@@ -34,9 +34,10 @@ class QType:
 
 
 INT8 = QType("int8", 8)
+INT7 = QType("int7", 7)
 INT6 = QType("int6", 6)
 INT4 = QType("int4", 4)
-QTYPES = {qtype.name: qtype for qtype in (INT8, INT6, INT4)}
+QTYPES = {qtype.name: qtype for qtype in (INT8, INT7, INT6, INT4)}
 
 # The smallest scale we write: FP16 keeps it as a normal number, and TensorRT refuses a scale that rounds to zero.
 SMALLEST_SCALE = np.float32(2.0**-14)

@@ -37,7 +37,7 @@ class LayerSpec(Frozen):
     """
 
     op: Literal["conv", "linear"]
-    weight: Literal["int8", "int6", "int4", "float"]
+    weight: Literal["int8", "int7", "int6", "int4", "float"]
     group: int | None = Field(
         None,
         ge=1,

@@ -6,18 +6,19 @@ they are opened once for all bundles that hold the same bytes.
 """
 
 import hashlib
+import json
 import logging
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from personalq.bundle import Manifest, inside
+from personalq.bundle import SPEC, Manifest, inside
 from personalq.engines import check_engine, engine_at, keeping_engine
 from personalq.errors import EngineError, MissingExtraError, RepositoryError
 
@@ -80,35 +81,37 @@ def open_prepared(
     bundle: Path, manifest: Manifest, file: str, threads: int | None, *, is_packed: bool = True
 ) -> Opened:
     """A graph as ONNX Runtime optimised it on this machine: read back, or made now and kept where that can be written."""
+    may_saturate = not has_int8_dot_product() and not has_narrow_weights(bundle)
     parts = {
         **{"target": "onnxruntime", "graph": file, "bundle": manifest.key},
         **{f"sha256 of {name}": sha256 for name, sha256 in graph_hashes(manifest, file).items()},
         **{"onnxruntime": version_of_onnxruntime(), "device": device_name(), "convolutions": "as exported"},
     }
-    if not has_int8_dot_product():
+    if may_saturate:
         parts["convolutions"] = "flat"
-    found = _read_back(bundle, parts, threads, is_packed)
+    opened = partial(open_session, threads=threads, is_packed=is_packed, may_saturate=may_saturate)
+    found = _read_back(bundle, parts, opened)
     if found is not None:
         return found
     graph = inside(bundle, file)
     try:
         with keeping_engine(bundle, parts, PREPARED) as folder:
-            session = open_session(graph, threads, save=folder / PREPARED, is_packed=is_packed)
+            session = opened(graph, save=folder / PREPARED)
             if parts["convolutions"] == "flat":
                 import_module(".flat_convs", __package__).flatten_convs(folder / PREPARED)
     except (RepositoryError, EngineError) as error:
-        session = open_session(graph, threads, is_packed=is_packed)  # says what is wrong when it is the graph
+        session = opened(graph)  # says what is wrong when it is the graph
         logger.warning("%s: not prepared for the next opening: %s", file, error)
     return Opened(session, _stamps(bundle, manifest, file))
 
 
-def _read_back(bundle: Path, parts: Mapping[str, str], threads: int | None, is_packed: bool) -> Opened | None:
+def _read_back(bundle: Path, parts: Mapping[str, str], opened: Callable[..., Session]) -> Opened | None:
     try:
         kept = engine_at(bundle, parts)
         if kept is None:
             return None
         check_engine(kept)
-        session = open_session(kept.path, threads, is_prepared=True, is_packed=is_packed)
+        session = opened(kept.path, is_prepared=True)
     except EngineError as error:
         logger.warning("%s; preparing it again", error)
         return None
@@ -151,12 +154,14 @@ def open_session(
     save: Path | None = None,
     is_prepared: bool = False,
     is_packed: bool = True,
+    may_saturate: bool | None = None,
 ) -> Session:
     """Open one graph on the CPU; `profile`: where to write what every node did. Raises EngineError in one line.
 
     model: an edited copy of the graph, opened in place of `file` with the weights that lie beside it. save: where to write
     the optimised graph, its weights beside it; is_prepared: `file` is such a graph. is_packed: weights are copied at once, in
-    the order in which kernels read them; else at each run.
+    the order in which kernels read them; else at each run. may_saturate: whether the quick int8 kernels may give wrong sums
+    here, so that exact ones are taken; None: wherever this CPU's can.
     """
     ort = import_onnxruntime()
     if not file.is_file():
@@ -167,7 +172,7 @@ def open_session(
     options.log_severity_level = 3
     share_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
-    if not has_int8_dot_product():
+    if not has_int8_dot_product() if may_saturate is None else may_saturate:
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.prepack.enable_parallel", "1")
     if not is_packed:
@@ -212,6 +217,18 @@ def has_int8_dot_product() -> bool:
     except OSError:
         return False
     return "avx512_vnni" in flags or "avx_vnni" in flags
+
+
+def has_narrow_weights(bundle: Path) -> bool:
+    """Whether the spec keeps every integer weight of the UNet within -64..64: then no quick kernel saturates, VNNI or not.
+
+    Those kernels add two products of uint8 by int8 in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 does not.
+    """
+    try:
+        layers = json.loads((bundle / SPEC).read_bytes())["layers"].values()
+        return not any(layer["weight"] == "int8" for layer in layers)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def version_of_onnxruntime() -> str:

@@ -4,14 +4,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from personalq.bundle import Manifest, bundle_key, check_files, file_sha256, inside
+from personalq.bundle import SPEC, Manifest, bundle_key, check_files, file_sha256, inside
 from personalq.errors import PersonalQError
 from personalq.goldens import GOLDEN
 from personalq.header import read_header
 from personalq.spec import read_spec
 
 from .check import Check, none_of
-from .subject import SPEC, Sources
+from .subject import Sources
 
 
 def files_intact(bundle: Path, manifest: Manifest) -> Check:

@@ -77,10 +77,12 @@ class LayerInGraph:
         return weight, data, output
 
     def weight_kind(self, decision: LayerSpec) -> str:
-        """'int8', 'int6', 'int4' or 'float'. 6 bits are stored in a byte: the spec says which of the two it is."""
+        """'int8', 'int7', 'int6', 'int4' or 'float'. 7 and 6 bits are stored in a byte: the spec says which it is."""
         if self.tensor is None or self.tensor.kind not in ("int8", "int4"):
             return "float"
-        return "int6" if self.tensor.kind == "int8" and decision.weight == "int6" else self.tensor.kind
+        return (
+            decision.weight if self.tensor.kind == "int8" and decision.weight in ("int7", "int6") else self.tensor.kind
+        )
 
     @property
     def activation_kind(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from personalq.bundle import Manifest, inside
+from personalq.bundle import SPEC, Manifest, inside
 from personalq.errors import BundleError
 from personalq.goldens import GOLDEN, POOLED, TENSORS, VERSION
 from personalq.rows import find_sequence
@@ -22,7 +22,6 @@ from .limits import LIMITS, precision
 from .onnxfile import Graph, read_graph
 
 Float = npt.NDArray[np.float32]
-SPEC = "spec.json"
 
 
 class Judge(Protocol):

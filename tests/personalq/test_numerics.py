@@ -10,6 +10,7 @@ from personalq.errors import SpecError
 from personalq.numerics import (
     INT4,
     INT6,
+    INT7,
     INT8,
     QTYPES,
     SMALLEST_SCALE,
@@ -30,14 +31,16 @@ FLOATS = st.floats(-100, 100, width=32)
 
 
 @pytest.mark.parametrize(
-    ("qtype", "low", "high"), [(INT8, -128, 127), (INT6, -32, 31), (INT4, -8, 7)], ids=lambda value: str(value)
+    ("qtype", "low", "high"),
+    [(INT8, -128, 127), (INT7, -64, 63), (INT6, -32, 31), (INT4, -8, 7)],
+    ids=lambda value: str(value),
 )
 def test_types_hold_the_values_of_twos_complement(qtype: object, low: int, high: int) -> None:
     assert (qtype.qmin, qtype.qmax) == (low, high)  # type: ignore[attr-defined]
 
 
 def test_types_are_found_by_name() -> None:
-    assert QTYPES == {"int8": INT8, "int6": INT6, "int4": INT4}
+    assert QTYPES == {"int8": INT8, "int7": INT7, "int6": INT6, "int4": INT4}
 
 
 def test_halves_round_to_even_and_values_outside_are_clipped() -> None:
@@ -93,8 +96,8 @@ def test_integers_survive_a_second_trip(x: np.ndarray) -> None:
 def test_more_bits_give_less_error_on_weights(seed: int, spread: float) -> None:
     """Normal values; on values that lie on a coarse grid, fewer bits may well be exact."""
     x = (np.random.default_rng(seed).standard_normal((8, 32)) * spread).astype(np.float32)
-    errors = [float(((fake_quantize(x, mse_scale(x, t), t) - x) ** 2).sum()) for t in (INT4, INT6, INT8)]
-    assert errors[0] > errors[1] > errors[2]
+    errors = [float(((fake_quantize(x, mse_scale(x, t), t) - x) ** 2).sum()) for t in (INT4, INT6, INT7, INT8)]
+    assert errors[0] > errors[1] > errors[2] > errors[3]
 
 
 @settings(max_examples=30, deadline=None)

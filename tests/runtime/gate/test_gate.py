@@ -183,7 +183,7 @@ def test_limits_follow_the_narrowest_weights(bundle: Path, census: dict[str, int
 
 
 def test_limits_loosen_with_fewer_bits_and_each_has_a_reason() -> None:
-    order = [LIMITS[key] for key in ("float32", "float16", "int8", "int6", "int4")]
+    order = [LIMITS[key] for key in ("float32", "float16", "int8", "int7", "int6", "int4")]
     for field in ("cosine", "snr_db", "image_psnr_db", "worst_image_psnr_db"):
         values = [getattr(limits, field) for limits in order]
         assert values == sorted(values, reverse=True)

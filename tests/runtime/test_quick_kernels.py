@@ -1,0 +1,103 @@
+"""ONNX Runtime's quick int8 kernels are exact when weights lie within -64..64, and are used then; also without VNNI."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from runtime import sessions
+from runtime.engine import OrtEngine
+from runtime.sessions import has_narrow_weights, open_session
+
+CHANNELS = 96
+
+
+def product(folder: Path, weight: Any) -> Path:
+    """A Conv (weight O,C,k,k) or Linear (weight O,C) in Q/DQ, as the `ort` lowering writes it."""
+    is_conv, sums = weight.ndim == 4, int(np.prod(weight.shape[1:]))
+    stored = weight if is_conv else np.ascontiguousarray(weight.T)
+    constants = {
+        **{"w": stored, "ws": np.full(len(weight), 1 / 128, np.float32), "wz": np.zeros(len(weight), np.int8)},
+        **{"s": np.float32(1 / 128), "z": np.uint8(128), "os": np.float32(sums / 256)},
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=0 if is_conv else 1),
+    ]
+    if is_conv:
+        side = weight.shape[-1]
+        nodes += [
+            helper.make_node("Conv", ["xd", "wd"], ["y"], kernel_shape=[side, side], pads=[side // 2] * 4),
+            helper.make_node("QuantizeLinear", ["y", "os", "z"], ["yq"]),
+            helper.make_node("DequantizeLinear", ["yq", "os", "z"], ["out"]),
+        ]
+    else:
+        nodes.append(helper.make_node("MatMul", ["xd", "wd"], ["out"]))
+    shape = [None, CHANNELS, None, None] if is_conv else [None, None, CHANNELS]
+    ends = [
+        helper.make_tensor_value_info(*one)
+        for one in (("x", TensorProto.FLOAT, shape), ("out", TensorProto.FLOAT, None))
+    ]
+    held = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "one", ends[:1], ends[1:], held)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), folder / "g.onnx")
+    return folder / "g.onnx"
+
+
+@pytest.mark.parametrize("shape", [(64, CHANNELS), (64, CHANNELS, 1, 1), (64, CHANNELS, 3, 3)], ids=str)
+@pytest.mark.parametrize("kind", ["64", "-64", "either", "any"])
+def test_the_largest_narrow_weights_give_exact_sums(tmp_path: Path, shape: tuple[int, ...], kind: str) -> None:
+    random = np.random.default_rng(0)
+    values = {
+        "64": np.full(shape, 64),
+        "-64": np.full(shape, -64),
+        "either": random.choice([-64, 64], shape),
+        "any": random.integers(-64, 65, shape),
+    }
+    file = product(tmp_path, values[kind].astype(np.int8))
+    exact, quick = (open_session(file, 1, may_saturate=may) for may in (True, False))
+    place = (2, CHANNELS, 5, 6) if len(shape) == 4 else (2, 30, CHANNELS)
+    for x in (np.full(place, 0.99), np.full(place, -1.0), random.choice([-1, 0.99], place)):
+        one, other = (session.run(None, {"x": x.astype(np.float32)})[0] for session in (exact, quick))
+        np.testing.assert_array_equal(one, other)
+        assert np.abs(one).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("weights", "is_narrow"),
+    [(["int4", "float"], True), (["int6", "int7"], True), (["int7", "int8"], False), (["int8"], False)],
+    ids=str,
+)
+def test_narrow_is_what_the_spec_says(tmp_path: Path, weights: list[str], is_narrow: bool) -> None:
+    layers = {str(i): {"op": "conv", "weight": weight} for i, weight in enumerate(weights)}
+    (tmp_path / "spec.json").write_text(json.dumps({"layers": layers}))
+    assert has_narrow_weights(tmp_path) is is_narrow
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"layers": {"a": 1}}'])
+def test_a_spec_that_cannot_be_read_takes_exact_kernels(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "spec.json").write_text(content)
+    assert has_narrow_weights(tmp_path) is False
+
+
+@pytest.mark.parametrize(("is_narrow", "may_saturate"), [(True, False), (False, True)])
+def test_an_engine_takes_quick_kernels_for_narrow_weights_only(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, is_narrow: bool, may_saturate: bool
+) -> None:
+    seen = []
+
+    def spy(file: Path, *arguments: Any, **named: Any) -> Any:
+        seen.append((file.name, named.get("may_saturate")))
+        return open_session(file, *arguments, **named)
+
+    monkeypatch.setattr(sessions, "open_session", spy)
+    monkeypatch.setattr(sessions, "has_int8_dot_product", lambda: False)
+    monkeypatch.setattr(sessions, "has_narrow_weights", lambda bundle: is_narrow)
+    OrtEngine(copied, threads=1)
+    assert ("unet.ort.onnx", may_saturate) in seen
