@@ -23,7 +23,7 @@ from bench._large import ARCHES, build
 from bench._step import ENGINES
 
 ROOT = Path(__file__).parent.parent
-OURS = ("ours on onnxruntime", "ours on openvino")
+OURS = ("ours on onnxruntime", "ours on openvino", "ours on onnxruntime, w7a8")
 
 
 def apart(*arguments: Any) -> dict[str, Any]:
