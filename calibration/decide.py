@@ -32,13 +32,8 @@ BITS = {
 BLOCKS = (64, 32, 16)  # lengths that ONNX Runtime's and TensorRT's 4-bit products know, the longest first
 FIND = {"mse": mse_scale, "absmax": absmax_scale}
 LEARN = {"gptq": gptq, "adaround": adaround}
-BYTES = {
-    "float": 2.0,
-    "int8": 1.0,
-    "int7": 1.0,
-    "int6": 1.0,
-    "int4": 0.5,
-}  # per weight on disk; 7 and 6 bits lie in a byte
+# Per weight on disk; 7 and 6 bits lie in a byte.
+BYTES = {"float": 2.0, "int8": 1.0, "int7": 1.0, "int6": 1.0, "int4": 0.5}
 CONTENT = (
     ".attn2.",
     ".ff.",

@@ -18,10 +18,7 @@ def draw_environment() -> dict[str, str]:
     its loading. One heap, so that every thread finds what another freed; huge pages where Linux has them on request.
     Read by glibc when a process starts; other C libraries know nothing of it.
     """
-    settings = {
-        **{"hugetlb": 1, "arena_max": 1},
-        **{"mmap_threshold": _LARGEST_FROM_HEAP, "trim_threshold": _NEVER},
-    }
+    settings = {"hugetlb": 1, "arena_max": 1, "mmap_threshold": _LARGEST_FROM_HEAP, "trim_threshold": _NEVER}
     told = ":".join(f"glibc.malloc.{name}={value}" for name, value in settings.items())
     return {_TUNABLES: told} | os.environ
 

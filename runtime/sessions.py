@@ -85,33 +85,32 @@ def open_prepared(
     parts = {
         **{"target": "onnxruntime", "graph": file, "bundle": manifest.key},
         **{f"sha256 of {name}": sha256 for name, sha256 in graph_hashes(manifest, file).items()},
-        **{"onnxruntime": version_of_onnxruntime(), "device": device_name(), "convolutions": "as exported"},
+        **{"onnxruntime": version_of_onnxruntime(), "device": device_name()},
+        "convolutions": "flat" if may_saturate else "as exported",
     }
-    if may_saturate:
-        parts["convolutions"] = "flat"
-    opened = partial(open_session, threads=threads, is_packed=is_packed, may_saturate=may_saturate)
-    found = _read_back(bundle, parts, opened)
+    opens = partial(open_session, threads=threads, is_packed=is_packed, may_saturate=may_saturate)
+    found = _read_back(bundle, parts, opens)
     if found is not None:
         return found
     graph = inside(bundle, file)
     try:
         with keeping_engine(bundle, parts, PREPARED) as folder:
-            session = opened(graph, save=folder / PREPARED)
-            if parts["convolutions"] == "flat":
+            session = opens(graph, save=folder / PREPARED)
+            if may_saturate:
                 import_module(".flat_convs", __package__).flatten_convs(folder / PREPARED)
     except (RepositoryError, EngineError) as error:
-        session = opened(graph)  # says what is wrong when it is the graph
+        session = opens(graph)  # says what is wrong when it is the graph
         logger.warning("%s: not prepared for the next opening: %s", file, error)
     return Opened(session, _stamps(bundle, manifest, file))
 
 
-def _read_back(bundle: Path, parts: Mapping[str, str], opened: Callable[..., Session]) -> Opened | None:
+def _read_back(bundle: Path, parts: Mapping[str, str], opens: Callable[..., Session]) -> Opened | None:
     try:
         kept = engine_at(bundle, parts)
         if kept is None:
             return None
         check_engine(kept)
-        session = opened(kept.path, is_prepared=True)
+        session = opens(kept.path, is_prepared=True)
     except EngineError as error:
         logger.warning("%s; preparing it again", error)
         return None

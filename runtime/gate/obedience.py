@@ -80,9 +80,8 @@ class LayerInGraph:
         """'int8', 'int7', 'int6', 'int4' or 'float'. 7 and 6 bits are stored in a byte: the spec says which it is."""
         if self.tensor is None or self.tensor.kind not in ("int8", "int4"):
             return "float"
-        return (
-            decision.weight if self.tensor.kind == "int8" and decision.weight in ("int7", "int6") else self.tensor.kind
-        )
+        lies_in_a_byte = self.tensor.kind == "int8" and decision.weight in ("int7", "int6")
+        return decision.weight if lies_in_a_byte else self.tensor.kind
 
     @property
     def activation_kind(self) -> str:
