@@ -21,7 +21,7 @@ from personalq.numerics import INT4, mse_scale
 from personalq.repository import Repository
 from personalq.spec import SpecFile, read_spec
 from runtime.gate.obedience import LayerInGraph
-from runtime.gate.onnxfile import Graph, Tensor, appended, cut_off, new_initializer, new_node, read_graph
+from runtime.onnxfile import Edited, Graph, Tensor, read_graph
 
 UNET, TEXT_ENCODER = "unet.ort.onnx", "text_encoder.onnx"
 
@@ -39,13 +39,19 @@ class Case:
 Fault = Callable[[Case], None]
 
 
-def overwrite(tensor: Tensor, array: npt.NDArray[Any]) -> None:
-    """Put values of the same bytes in a tensor's place."""
-    blob = np.ascontiguousarray(array).tobytes()
-    assert len(blob) == tensor.length, f"{tensor.name}: {len(blob)} bytes in place of {tensor.length}"
-    with tensor.file.open("r+b") as file:
-        file.seek(tensor.offset)
-        file.write(blob)
+def overwrite(graph: Graph, name: str, array: npt.NDArray[Any]) -> None:
+    """Put values of the same bytes in an initializer's place, in the graph's file or beside it."""
+    tensor, blob = graph.tensors[name], np.ascontiguousarray(array).tobytes()
+    assert len(blob) == tensor.length, f"{name}: {len(blob)} bytes in place of {tensor.length}"
+    if tensor.raw is None:
+        with tensor.file.open("r+b") as file:
+            file.seek(tensor.offset)
+            file.write(blob)
+        return
+    edited = Edited(graph)
+    (held,) = (one for one in edited.model.graph.initializer if one.name == name)
+    held.raw_data = blob
+    graph.path.write_bytes(edited.serialized())
 
 
 def reseal(folder: Path, **changes: Any) -> None:
@@ -70,23 +76,23 @@ def quantised_layer(case: Case, op: str) -> tuple[Graph, LayerInGraph, Tensor]:
 def scale_times_1_1(case: Case) -> None:
     """One layer's weight scales are 10 % too large."""
     graph, layer, _ = quantised_layer(case, "conv")
-    scale = graph.tensors[layer.weight_dq.inputs[1]]
-    overwrite(scale, scale.read() * np.float32(1.1))
+    scale = layer.weight_dq.inputs[1]
+    overwrite(graph, scale, graph.constant(scale) * np.float32(1.1))
 
 
 def zero_point_off_by_one(case: Case) -> None:
     """One layer's weights are read with zero point 1."""
     graph, layer, _ = quantised_layer(case, "linear")
-    zero = graph.tensors[layer.weight_dq.inputs[2]]
-    overwrite(zero, zero.read() + np.int8(1))
+    zero = layer.weight_dq.inputs[2]
+    overwrite(graph, zero, graph.constant(zero) + np.int8(1))
 
 
 def channels_swapped(case: Case) -> None:
     """Two output channels of one convolution changed places."""
-    _, _, tensor = quantised_layer(case, "conv")
+    graph, _, tensor = quantised_layer(case, "conv")
     weight = tensor.read().copy()
     weight[[0, 1]] = weight[[1, 0]]
-    overwrite(tensor, weight)
+    overwrite(graph, tensor.name, weight)
 
 
 def wrong_row_kept(case: Case) -> None:
@@ -104,27 +110,27 @@ def trigger_index_shifted(case: Case) -> None:
 
     (Shifting every index would be no fault: attention does not ask for the order of the rows.)
     """
-    path = case.folder / UNET
-    graph, data = read_graph(path), bytearray(path.read_bytes())
-    reader = graph.readers["row_index"][0]
+    graph = read_graph(case.folder / UNET)
+    edited, reader = Edited(graph), graph.readers["row_index"][0]
     value, tokens = reader.outputs[0], read_manifest(case.folder).text.length
-    cut_off(data, reader, value, 0)
+    edited.cut_off(value)
     numbers = {"last": [-1], "start": [0], "far": [10**6], "one": [1], "tokens": [tokens], "own": [range(tokens)]}
-    parts = [new_initializer(f"fault_{name}", np.array(number, np.int64)) for name, number in numbers.items()]
-    parts.append(new_node("Slice", ["row_index", "fault_last", "fault_far", "fault_one"], "fault_tail"))
-    parts.append(new_node("Slice", ["row_index", "fault_start", "fault_last", "fault_one"], "fault_head"))
-    parts.append(new_node("Concat", ["fault_tail", "fault_head"], "fault_late", axis=1))
-    parts.append(new_node("GreaterOrEqual", ["fault_late", "fault_tokens"], "fault_kept"))
-    parts.append(new_node("Where", ["fault_kept", "fault_late", "fault_own"], "fault_index"))
-    parts.append(new_node(reader.op, ["fault_index", *reader.inputs[1:]], value))
-    path.write_bytes(appended(bytes(data), parts))
+    for name, number in numbers.items():
+        edited.add_constant(f"fault_{name}", np.array(number, np.int64))
+    edited.add_node("Slice", ["row_index", "fault_last", "fault_far", "fault_one"], "fault_tail")
+    edited.add_node("Slice", ["row_index", "fault_start", "fault_last", "fault_one"], "fault_head")
+    edited.add_node("Concat", ["fault_tail", "fault_head"], "fault_late", axis=1)
+    edited.add_node("GreaterOrEqual", ["fault_late", "fault_tokens"], "fault_kept")
+    edited.add_node("Where", ["fault_kept", "fault_late", "fault_own"], "fault_index")
+    edited.add_node(reader.op, ["fault_index", *reader.inputs[1:]], value)
+    graph.path.write_bytes(edited.serialized())
 
 
 def bias_dropped(case: Case) -> None:
     """One convolution lost its bias."""
     graph, layer, _ = quantised_layer(case, "conv")
-    bias = graph.tensors[f"{layer.name}.bias"]
-    overwrite(bias, np.zeros_like(bias.read()))
+    bias = f"{layer.name}.bias"
+    overwrite(graph, bias, np.zeros_like(graph.constant(bias)))
 
 
 def other_checkpoints_weights(case: Case) -> None:
@@ -136,21 +142,20 @@ def other_checkpoints_weights(case: Case) -> None:
 def stale_text_encoder(case: Case) -> None:
     """The trigger's embedding is the class noun's, as before training."""
     manifest = read_manifest(case.folder)
-    table = next(t for n, t in read_graph(case.folder / TEXT_ENCODER).tensors.items() if "token_embedding" in n)
+    graph = read_graph(case.folder / TEXT_ENCODER)
+    table = next(tensor for name, tensor in graph.tensors.items() if "token_embedding" in name)
     values, kept = table.read().copy(), manifest.rows.kept
     noun = kept.class_noun[0][0] if kept.class_noun else 0
     values[kept.trigger[0][0]] = values[noun]
-    overwrite(table, values)
+    overwrite(graph, table.name, values)
 
 
 def nibbles_swapped(case: Case) -> None:
     """A 4-bit weight was packed high nibble first. Needs a bundle with a 4-bit layer, see `with_int4`."""
     graph = read_graph(case.folder / UNET)
     tensor = next(t for t in graph.tensors.values() if t.kind == "int4")
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.offset)
-        packed = np.frombuffer(file.read(tensor.length), np.uint8)
-    overwrite(tensor, packed << 4 | packed >> 4)
+    packed = np.frombuffer(tensor.read_bytes(), np.uint8)
+    overwrite(graph, tensor.name, packed << 4 | packed >> 4)
 
 
 def lora_merged_twice(case: Case) -> None:

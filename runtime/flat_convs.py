@@ -7,44 +7,17 @@ O,1,kh,kw*C is turned over in one pass.
 """
 
 from collections import Counter
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from personalq.atomic import named_failure
 
+from .onnxfile import INT8, INT64, UINT8, external_data, read_model
+
 _FLAT = "flat_shape"  # the initializer that every added Reshape reads: N, H, W*C, 1
 _WEIGHT = 3  # QLinearConv's input
-_UINT8, _INT8, _INT64 = 2, 3, 7
-# message -> (field, number, type, how many) of onnx.proto, as far as it is edited: protobuf keeps what it was not told of.
-_MESSAGES: dict[str, tuple[tuple[str, int, str, str], ...]] = {
-    "Model": (("graph", 7, "Graph", "optional"),),
-    "Graph": (("node", 1, "Node", "repeated"), ("initializer", 5, "Tensor", "repeated")),
-    "Node": (
-        ("input", 1, "string", "repeated"),
-        ("output", 2, "string", "repeated"),
-        ("name", 3, "string", "optional"),
-        ("op_type", 4, "string", "optional"),
-        ("attribute", 5, "Attribute", "repeated"),
-    ),
-    "Attribute": (
-        ("name", 1, "string", "optional"),
-        ("i", 3, "int64", "optional"),
-        ("s", 4, "bytes", "optional"),
-        ("ints", 8, "int64", "repeated"),
-    ),
-    "Tensor": (
-        ("dims", 1, "int64", "repeated"),
-        ("data_type", 2, "int32", "optional"),
-        ("name", 8, "string", "optional"),
-        ("raw_data", 9, "bytes", "optional"),
-        ("external_data", 13, "Entry", "repeated"),
-    ),
-    "Entry": (("key", 1, "string", "optional"), ("value", 2, "string", "optional")),
-}
 
 
 def flatten_convs(graph: Path) -> int:
@@ -54,7 +27,7 @@ def flatten_convs(graph: Path) -> int:
     of their own beside the file. Raises RepositoryError when a file cannot be written.
     """
     with named_failure(graph):
-        model = _model_class().FromString(graph.read_bytes())
+        model = read_model(graph)
         weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.external_data}
         readers = Counter(name for node in model.graph.node for name in node.input)
         nodes, changed = model.graph.node, 0
@@ -67,7 +40,7 @@ def flatten_convs(graph: Path) -> int:
                 changed += 1
         if changed:
             shape = np.array([0, 0, -1, 1], "<i8")  # 0: as it was
-            model.graph.initializer.add(name=_FLAT, dims=shape.shape, data_type=_INT64, raw_data=shape.tobytes())
+            model.graph.initializer.add(name=_FLAT, dims=shape.shape, data_type=INT64, raw_data=shape.tobytes())
             graph.write_bytes(model.SerializeToString())
     return changed
 
@@ -77,7 +50,7 @@ def _can_be_flat(node: Any, weight: Any) -> bool:
     return (
         "channels_last" in told
         and told["channels_last"].i == 1
-        and weight.data_type in (_UINT8, _INT8)
+        and weight.data_type in (UINT8, INT8)
         and len(weight.dims) == 4
         and weight.dims[1] > 1
         and tuple(weight.dims[2:]) != (1, 1)
@@ -90,7 +63,7 @@ def _can_be_flat(node: Any, weight: Any) -> bool:
 
 def _turn_over(folder: Path, weight: Any) -> None:
     """The weight's bytes, O,C,kh,kw -> O,kh,kw,C, where they lie."""
-    where = {entry.key: entry.value for entry in weight.external_data}
+    where = external_data(weight)
     shape = tuple(weight.dims)
     stored = np.memmap(folder / where["location"], np.uint8, "r+", int(where.get("offset", 0)), shape)
     turned = np.ascontiguousarray(stored.transpose(0, 2, 3, 1))
@@ -110,21 +83,3 @@ def _flatten(node: Any, weight: Any) -> Any:
     pixels, flat = node.input[0], f"{node.output[0]}_flat"
     node.input[0] = flat
     return type(node)(op_type="Reshape", name=flat, input=[pixels, _FLAT], output=[flat])
-
-
-@cache
-def _model_class() -> Any:
-    """ONNX's ModelProto, as far as _MESSAGES tells it."""
-    field = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="personalq/onnx.proto", package="personalq", syntax="proto2")
-    for name, fields in _MESSAGES.items():
-        message = file.message_type.add(name=name)
-        for field_name, number, kind, label in fields:
-            told = message.field.add(name=field_name, number=number, label=field.Label.Value(f"LABEL_{label.upper()}"))
-            if kind in _MESSAGES:
-                told.type, told.type_name = field.TYPE_MESSAGE, f".personalq.{kind}"
-            else:
-                told.type = field.Type.Value(f"TYPE_{kind.upper()}")
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("personalq.Model"))

@@ -13,8 +13,8 @@ from personalq.numerics import QTYPES, quantize
 from personalq.spec import LayerSpec
 
 from ..engine import LOWERING
+from ..onnxfile import Graph, Node, Tensor
 from .check import Check, equal, none_of
-from .onnxfile import Graph, Node, Tensor
 from .subject import Subject
 
 # Ops that round to integers. The row encoder spells its quantiser out: Round, Clip, Cast to INT8.

@@ -17,9 +17,9 @@ from personalq.rows import find_sequence
 from personalq.spec import SpecFile, read_spec
 
 from ..engine import Conditioning, OrtEngine, TextEmbeds, unet_feed, unet_file
+from ..onnxfile import Graph, read_graph
 from ..pipeline import Pipeline, PromptRows
 from .limits import LIMITS, precision
-from .onnxfile import Graph, read_graph
 
 Float = npt.NDArray[np.float32]
 

@@ -15,9 +15,9 @@ from personalq.bundle import inside
 from personalq.numerics import snr_db
 
 from ..engine import unet_file
+from ..onnxfile import Array, Edited
 from ..sessions import open_session
 from .obedience import LayerInGraph
-from .onnxfile import Array, Node, appended, cut_off, new_initializer, new_node
 from .subject import Subject
 
 LARGEST_MODEL = 1_500_000_000  # bytes; protobuf ends at 2 GB
@@ -45,30 +45,22 @@ def with_floats(subject: Subject, layers: Sequence[str]) -> bytes:
     """The UNet with these layers unquantised."""
     graph, read = subject.unet, subject.sources.weights
     assert read is not None
-    data, parts = bytearray(graph.path.read_bytes()), list[bytes]()
-    done: set[str] = set()
-
-    def replace(node: Node, part: bytes) -> None:
-        value = node.outputs[0]
-        if value not in done:
-            cut_off(data, node, value, len(done))
-            parts.append(part)
-            done.add(value)
-
+    edited, floats = Edited(graph), dict[str, str]()  # what a Dequantize makes -> the same before it was quantised
     for name in layers:
         layer = LayerInGraph(graph, name)
         if layer.weight_dq is None or layer.node is None:
             continue
         weight = unquantised(read("unet", f"{name}.weight"), name, subject.spec_file.tensors)
-        stored = weight if layer.node.op == "Conv" else weight.T
-        replace(layer.weight_dq, new_initializer(layer.weight_dq.outputs[0], np.ascontiguousarray(stored)))
+        edited.cut_off(layer.weight_dq.outputs[0])
+        edited.add_constant(layer.weight_dq.outputs[0], weight if layer.node.op == "Conv" else weight.T)
         if layer.input_dq is not None:
-            quantise = graph.producers[layer.input_dq.inputs[0]]
-            replace(layer.input_dq, new_node("Identity", [quantise.inputs[0]], layer.input_dq.outputs[0]))
+            floats[layer.input_dq.outputs[0]] = graph.producers[layer.input_dq.inputs[0]].inputs[0]
         if layer.output_q is not None:
-            for node in graph.readers[layer.output_q.outputs[0]]:
-                replace(node, new_node("Identity", [layer.node.outputs[0]], node.outputs[0]))
-    return appended(bytes(data), parts)
+            floats |= {node.outputs[0]: layer.node.outputs[0] for node in graph.readers[layer.output_q.outputs[0]]}
+    for value, source in floats.items():
+        edited.cut_off(value)
+        edited.add_node("Identity", [source], value)
+    return edited.serialized()
 
 
 def unquantised(weight: Array, name: str, tensors: dict[str, Array]) -> npt.NDArray[np.float32]:

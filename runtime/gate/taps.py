@@ -1,6 +1,6 @@
 """Look inside the UNet: samples of every layer's and block's output, and the attention of each text row, beside the goldens.
 
-The graph gets more outputs (see onnxfile): a Reshape and a Gather for each sampled value, so that a tap costs a few
+The graph gets more outputs: a Reshape and a Gather for each sampled value, so that a tap costs a few
 numbers, not a tensor. Its integer kernels stay: taps sit behind each layer's own Quantize and Dequantize.
 """
 
@@ -17,9 +17,9 @@ from personalq.goldens import BLOCK_SAMPLES, LAYER_SAMPLES, sample_positions
 from personalq.rows import RowLayer
 
 from ..engine import unet_file
+from ..onnxfile import Edited, Graph, Node
 from ..sessions import Session, open_session
 from .obedience import LayerInGraph
-from .onnxfile import Graph, Node, appended, new_initializer, new_node, new_output
 from .subject import Subject
 
 Float = npt.NDArray[np.float32]
@@ -136,29 +136,30 @@ def _int(graph: Graph, value: str) -> int | None:
     return None if constant is None or constant.size != 1 else int(constant.reshape(-1)[0])
 
 
-def tapped(data: bytes, taps: Taps, sizes: dict[str, int]) -> bytes:
+def tapped(graph: Graph, taps: Taps, sizes: dict[str, int]) -> bytes:
     """The model with a small output for every tap. sizes: values of each layer's and block's whole output."""
-    parts = [new_initializer("gate_flat", np.array([-1], np.int64))]
-    parts.append(new_initializer("gate_axes", np.array([0, 1, 2], np.int64)))
+    edited = Edited(graph)
+    edited.add_constant("gate_flat", np.array([-1], np.int64))
+    edited.add_constant("gate_axes", np.array([0, 1, 2], np.int64))
     groups = ((taps.layers, LAYER_SAMPLES, "layer"), (taps.blocks, BLOCK_SAMPLES, "block"))
     for group, count, kind in groups:
         for name, value in group.items():
             key = f"gate_{kind}_{name}"
-            parts.append(new_initializer(f"{key}_at", sample_positions(name, sizes[name], count)))
-            parts.append(new_node("Reshape", [value, "gate_flat"], f"{key}_flat"))
-            parts.append(new_node("Gather", [f"{key}_flat", f"{key}_at"], key))
-            parts.append(new_output(key))
+            edited.add_constant(f"{key}_at", sample_positions(name, sizes[name], count))
+            edited.add_node("Reshape", [value, "gate_flat"], f"{key}_flat")
+            edited.add_node("Gather", [f"{key}_flat", f"{key}_at"], key)
+            edited.add_output(key)
     for i, value in enumerate(taps.attention):
-        parts.append(new_node("ReduceMean", [value, "gate_axes"], f"gate_attention_{i}", keepdims=0))
-        parts.append(new_output(f"gate_attention_{i}"))
-    return appended(data, parts)
+        edited.add_node("ReduceMean", [value, "gate_axes"], f"gate_attention_{i}", keepdims=0)
+        edited.add_output(f"gate_attention_{i}")
+    return edited.serialized()
 
 
 def look(subject: Subject) -> Seen:
     """Run the golden inputs through the tapped UNet."""
     sizes = {kind: golden_sizes(subject, kind) for kind in ("layers", "blocks")}
     taps = find_taps(subject.unet, list(sizes["layers"]), list(sizes["blocks"]), subject.manifest.rows.layers)
-    model = tapped(subject.unet.path.read_bytes(), taps, sizes["layers"] | sizes["blocks"])
+    model = tapped(subject.unet, taps, sizes["layers"] | sizes["blocks"])
     session = open_session(inside(subject.bundle, unet_file(subject.manifest)), subject.threads, model=model)
     runs = list(_runs(subject, session))
     layers = {name: np.stack([run[f"gate_layer_{name}"] for run in runs]) for name in taps.layers}

@@ -325,13 +325,13 @@ def write_golden(folder: Path, reference: Path) -> None:
 
 def inner_outputs(reference: Path, rows: np.ndarray, times: np.ndarray, sample: np.ndarray) -> dict[str, np.ndarray]:
     """Samples of what the unquantised graph computes inside, for golden inputs."""
-    from runtime.gate.onnxfile import read_graph
     from runtime.gate.taps import find_taps, tapped
+    from runtime.onnxfile import read_graph
     from runtime.sessions import open_session
 
-    file = reference / "unet.ort.onnx"
-    taps = find_taps(read_graph(file), list(SIZES), [BLOCK], tuple(LAYERS))
-    session = open_session(file, 1, model=tapped(file.read_bytes(), taps, SIZES | {BLOCK: 256}))
+    graph = read_graph(reference / "unet.ort.onnx")
+    taps = find_taps(graph, list(SIZES), [BLOCK], tuple(LAYERS))
+    session = open_session(graph.path, 1, model=tapped(graph, taps, SIZES | {BLOCK: 256}))
     names = [f"gate_layer_{name}" for name in SIZES] + [f"gate_block_{BLOCK}"]
     names += [f"gate_attention_{i}" for i in range(L)]
     runs = [

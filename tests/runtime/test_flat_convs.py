@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from personalq.engines import ENGINES
 from runtime import sessions
@@ -15,41 +14,18 @@ from runtime.engine import OrtEngine
 from runtime.flat_convs import flatten_convs
 from runtime.pipeline import Pipeline
 from runtime.sessions import PREPARED, open_session
+from tests.runtime.one_layer import write_layer
 
 SHAPE = (2, 32, 9, 11)  # N, C, H, W
 
 
-def quantised_conv(folder: Path, kernel: tuple[int, int] = (3, 3), **attributes: Any) -> Path:
-    """A graph of one convolution with 8-bit weights, activations and results, as `exporters/lower_ort.py` writes them."""
+def prepared(folder: Path, kernel: tuple[int, int] = (3, 3), **attributes: Any) -> Path:
+    """A convolution to 64 channels as ONNX Runtime optimised it."""
     random = np.random.default_rng(0)
-    group = attributes.get("group", 1)
-    weight = random.integers(-127, 128, (64, SHAPE[1] // group, *kernel)).astype(np.int8)
-    scales = random.uniform(0.001, 0.01, 64).astype(np.float32)
-    constants = {
-        **{"w": weight, "ws": scales, "wz": np.zeros(64, np.int8), "b": random.standard_normal(64).astype(np.float32)},
-        **{"s": np.float32(0.02), "z": np.uint8(128), "os": np.float32(0.05)},
-    }
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
-        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
-        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=0),
-        helper.make_node("Conv", ["xd", "wd", "b"], ["y"], name="conv", kernel_shape=kernel, **attributes),
-        helper.make_node("QuantizeLinear", ["y", "os", "z"], ["yq"]),
-        helper.make_node("DequantizeLinear", ["yq", "os", "z"], ["out"]),
-    ]
-    ends = [
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", SHAPE[1], "h", "w_"]),
-        helper.make_tensor_value_info("out", TensorProto.FLOAT, None),
-    ]
-    held = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "one", ends[:1], ends[1:], held)
-    file = folder / "conv.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), file)
-    return file
-
-
-def prepared(folder: Path, **told: Any) -> Path:
-    open_session(quantised_conv(folder, **told), 1, save=folder / PREPARED)
+    weight = random.integers(-127, 128, (64, SHAPE[1] // attributes.get("group", 1), *kernel)).astype(np.int8)
+    weight_scale, bias = random.uniform(0.001, 0.01, 64), random.standard_normal(64)
+    layer = write_layer(folder / "conv.onnx", weight, weight_scale, (0.02, 0.05), bias, **attributes)
+    open_session(layer, 1, save=folder / PREPARED)
     return folder / PREPARED
 
 

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import helper, numpy_helper
 
 from personalq.engines import engines_of
 from personalq.errors import BundleError, EngineError, MissingExtraError
@@ -19,6 +17,7 @@ from runtime.engine import OrtEngine, open_engine
 from runtime.openvino_engine import OpenVinoEngine, compile_properties
 from runtime.pipeline import Pipeline, start_noise
 from runtime.sessions import open_session
+from tests.runtime.one_layer import write_layer
 
 pytest.importorskip("openvino", reason="openvino is not installed: pip install 'personalq[openvino]'")
 PROMPT = "a photo of sks dog on the beach"
@@ -47,8 +46,9 @@ def test_every_graph_gives_what_onnxruntime_gives(engine: OpenVinoEngine, bundle
 @pytest.mark.parametrize("engine_name", ["onnxruntime", "openvino"])
 def test_the_largest_integers_are_multiplied_without_saturation(tmp_path: Path, op: str, engine_name: str) -> None:
     """255 (zero point 128) times 127, 64 times: 127 * 127 * 64, and not what 16 bits hold of pairs of products."""
-    graph, shape = tmp_path / "layer.onnx", (1, 64, 8, 8) if op == "Conv" else (1, 32, 64)
-    onnx.save(one_layer(op, shape), graph)
+    shape, kernel = ((1, 64, 8, 8), (1, 1)) if op == "Conv" else ((1, 32, 64), ())
+    weight = np.full((64, 64, *kernel), 127, np.int8)
+    graph = write_layer(tmp_path / "layer.onnx", weight, 1 / 127, (1 / 127, 1))
     x = np.ones(shape, np.float32)
     if engine_name == "onnxruntime":
         made = open_session(graph, 1).run(None, {"x": x})[0]
@@ -56,27 +56,6 @@ def test_the_largest_integers_are_multiplied_without_saturation(tmp_path: Path, 
         compiled = openvino_engine._compile(graph, {"x": shape}, compile_properties("f32", 1))
         made = compiled([x])[0]
     assert np.allclose(made, 64, rtol=0.01)
-
-
-def one_layer(op: str, shape: tuple[int, ...]) -> onnx.ModelProto:
-    """A Conv or Linear of 64 channels as the `ort` lowering writes it: every weight 127, scales 1/127, output scale 1."""
-    weight = np.full((64, 64, 1, 1) if op == "Conv" else (64, 64), 127, np.int8)
-    constants = {"scale": np.float32(1 / 127), "zero": np.uint8(128), "one": np.float32(1), "weight": weight}
-    constants |= {"weight_scale": np.full(64, 1 / 127, np.float32), "weight_zero": np.zeros(64, np.int8)}
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["x_q"]),
-        helper.make_node("DequantizeLinear", ["x_q", "scale", "zero"], ["x_d"]),
-        helper.make_node(
-            "DequantizeLinear", ["weight", "weight_scale", "weight_zero"], ["w_d"], axis=0 if op == "Conv" else 1
-        ),
-        helper.make_node(op, ["x_d", "w_d"], ["y_f"]),
-        helper.make_node("QuantizeLinear", ["y_f", "one", "zero"], ["y_q"]),
-        helper.make_node("DequantizeLinear", ["y_q", "one", "zero"], ["y"]),
-    ]
-    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("x", "y")]
-    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "layer", ends[:1], ends[1:], initializers)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])

@@ -5,48 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from runtime import sessions
 from runtime.engine import OrtEngine
 from runtime.sessions import has_narrow_weights, open_session
+from tests.runtime.one_layer import write_layer
 
 CHANNELS = 96
-
-
-def product(folder: Path, weight: Any) -> Path:
-    """A Conv (weight O,C,k,k) or Linear (weight O,C) in Q/DQ, as the `ort` lowering writes it."""
-    is_conv, sums = weight.ndim == 4, int(np.prod(weight.shape[1:]))
-    stored = weight if is_conv else np.ascontiguousarray(weight.T)
-    constants = {
-        **{"w": stored, "ws": np.full(len(weight), 1 / 128, np.float32), "wz": np.zeros(len(weight), np.int8)},
-        **{"s": np.float32(1 / 128), "z": np.uint8(128), "os": np.float32(sums / 256)},
-    }
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
-        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
-        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=0 if is_conv else 1),
-    ]
-    if is_conv:
-        side = weight.shape[-1]
-        nodes += [
-            helper.make_node("Conv", ["xd", "wd"], ["y"], kernel_shape=[side, side], pads=[side // 2] * 4),
-            helper.make_node("QuantizeLinear", ["y", "os", "z"], ["yq"]),
-            helper.make_node("DequantizeLinear", ["yq", "os", "z"], ["out"]),
-        ]
-    else:
-        nodes.append(helper.make_node("MatMul", ["xd", "wd"], ["out"]))
-    shape = [None, CHANNELS, None, None] if is_conv else [None, None, CHANNELS]
-    ends = [
-        helper.make_tensor_value_info(*one)
-        for one in (("x", TensorProto.FLOAT, shape), ("out", TensorProto.FLOAT, None))
-    ]
-    held = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "one", ends[:1], ends[1:], held)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), folder / "g.onnx")
-    return folder / "g.onnx"
 
 
 @pytest.mark.parametrize("shape", [(64, CHANNELS), (64, CHANNELS, 1, 1), (64, CHANNELS, 3, 3)], ids=str)
@@ -59,7 +25,8 @@ def test_the_largest_narrow_weights_give_exact_sums(tmp_path: Path, shape: tuple
         "either": random.choice([-64, 64], shape),
         "any": random.integers(-64, 65, shape),
     }
-    file = product(tmp_path, values[kind].astype(np.int8))
+    scales, pads = (1 / 128, int(np.prod(shape[1:])) / 256), {"pads": [shape[-1] // 2] * 4} if len(shape) == 4 else {}
+    file = write_layer(tmp_path / "layer.onnx", values[kind].astype(np.int8), 1 / 128, scales, **pads)
     exact, quick = (open_session(file, 1, may_saturate=may) for may in (True, False))
     place = (2, CHANNELS, 5, 6) if len(shape) == 4 else (2, 30, CHANNELS)
     for x in (np.full(place, 0.99), np.full(place, -1.0), random.choice([-1, 0.99], place)):

@@ -182,16 +182,16 @@ def test_a_worse_bundle_fails_with_the_layer_in_the_first_line(copied: Path, acc
     from bench._faults import overwrite
     from personalq.numerics import INT4, INT8, absmax_scale, quantize
     from personalq.spec import SpecFile, read_spec
-    from runtime.gate.onnxfile import read_graph
     from runtime.gate.subject import Sources
+    from runtime.onnxfile import read_graph
     from tests.runtime.conftest import unet_weights
 
     name, weight = "block.conv2", unet_weights()["block.conv2"]
     scale = absmax_scale(weight, INT4, 0)
     graph, old = read_graph(copied / "unet.ort.onnx"), read_spec(copied / "spec.json")
     dequantise = graph.readers[f"{name}.weight"][0]
-    overwrite(graph.tensors[f"{name}.weight"], quantize(weight, scale, INT8, 0).clip(-8, 7))
-    overwrite(graph.tensors[dequantise.inputs[1]], scale)
+    overwrite(graph, f"{name}.weight", quantize(weight, scale, INT8, 0).clip(-8, 7))
+    overwrite(graph, dequantise.inputs[1], scale)
     SpecFile(old.spec, {**old.tensors, f"{name}.weight_scale": scale}).write(copied / "spec.json")
     reseal(copied)
     sources = Sources(weights=lambda component, key: unet_weights()[key.removesuffix(".weight")])

@@ -1,20 +1,16 @@
-"""The small reader sees what onnx sees, and what it adds to a graph runs."""
+"""The reader sees what onnx sees, and what is added to a graph runs."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from personalq.errors import BundleError
-from runtime.gate.onnxfile import (
-    appended,
-    cut_off,
-    encode_varint,
-    new_initializer,
-    new_node,
-    new_output,
-    read_graph,
-)
+from personalq.errors import BundleError, PersonalQError
+from runtime.onnxfile import Edited, read_graph
 from runtime.sessions import open_session
 
 onnx = pytest.importorskip("onnx", reason="onnx writes the graphs that are read here: pip install 'personalq[export]'")
@@ -43,25 +39,28 @@ def test_shapes_are_read_packed_or_not(shape: tuple[int, ...], tmp_path: Path) -
     np.testing.assert_array_equal(read_graph(tmp_path / "g.onnx").tensors["x"].read(), array)
 
 
-@pytest.mark.parametrize("value", [0, 1, 127, 128, 300, 2**40, -1])
-def test_varints_are_protobufs(value: int) -> None:
-    tensor = onnx.TensorProto(dims=[value])
-    assert tensor.SerializeToString().endswith(encode_varint(value))
+def test_what_is_not_changed_stays_byte_for_byte(bundle: Path) -> None:
+    file = bundle / "unet.ort.onnx"
+    assert onnx.load_from_string(Edited(read_graph(file)).serialized()) == onnx.load(file, load_external_data=False)
 
 
 def test_a_value_can_be_tapped_and_given_another_producer(bundle: Path) -> None:
     """The UNet's `noise_pred` doubled: its node is cut off, and a new one makes the value of that name."""
-    file = bundle / "unet.ort.onnx"
-    graph, data = read_graph(file), bytearray(file.read_bytes())
-    last = graph.producers["noise_pred"]
-    cut_off(data, last, "noise_pred", 7)
-    parts = [new_node("Add", list(last.inputs), "once"), new_initializer("two", np.array(2, np.float32))]
-    parts += [new_node("Mul", ["once", "two"], "noise_pred"), new_output("once")]
-    session = open_session(file, 1, model=appended(bytes(data), parts))
+    graph = read_graph(bundle / "unet.ort.onnx")
+    edited, last = Edited(graph), graph.producers["noise_pred"]
+    edited.cut_off("noise_pred")
+    edited.add_node("Add", last.inputs, "once")
+    edited.add_constant("two", np.array(2, np.float32))
+    edited.add_node("Mul", ["once", "two"], "noise_pred")
+    edited.add_node("Transpose", ["once"], "turned", perm=[0, 1, 3, 2])
+    for name in ("once", "turned"):
+        edited.add_output(name)
+    session = open_session(graph.path, 1, model=edited.serialized())
     feed = {value.name: _zeros(value) for value in session.get_inputs()}
-    doubled, once = session.run(["noise_pred", "once"], feed)
+    doubled, once, turned = session.run(["noise_pred", "once", "turned"], feed)
     np.testing.assert_array_equal(doubled, 2 * once)
-    assert [value.name for value in session.get_outputs()] == ["noise_pred", "once"]
+    np.testing.assert_array_equal(turned, once.swapaxes(2, 3))
+    assert [value.name for value in session.get_outputs()] == ["noise_pred", "once", "turned"]
 
 
 def _zeros(value: object) -> np.ndarray:
@@ -79,11 +78,33 @@ def test_what_is_no_graph_is_one_line(content: bytes, tmp_path: Path) -> None:
         read_graph(tmp_path / "x.onnx")
 
 
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_spoiled_file_is_a_graph_or_one_line(data: st.DataObject, made_bundles: Any, tmp_path_factory: Any) -> None:
+    content = bytearray((made_bundles["split"] / "text_rows.onnx").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file = tmp_path_factory.getbasetemp() / "spoiled.onnx"
+    file.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        graph = read_graph(file)
+        for tensor in graph.tensors.values():
+            tensor.read()
+    except PersonalQError as error:
+        assert len(str(error).splitlines()) == 1
+
+
 def test_a_tensor_whose_bytes_are_missing_is_one_line(bundle: Path, tmp_path: Path) -> None:
     graph = read_graph(bundle / "unet.ort.onnx")
     tensor = graph.tensors["block.conv2.weight"]
-    broken = type(tensor)(**{**vars(tensor), "length": tensor.length - 1})
+    broken = replace(tensor, raw=tensor.read_bytes()[:-1])
     with pytest.raises(
         BundleError, match=r"block.conv2.weight: must be 144 values of int8 in unet.ort.onnx, got 143 bytes"
     ):
         broken.read()
+
+
+def test_a_dtype_that_no_bundle_has_is_one_line(bundle: Path) -> None:
+    tensor = read_graph(bundle / "unet.ort.onnx").tensors["block.conv2.weight"]
+    with pytest.raises(BundleError, match=r"^block.conv2.weight: must be float32, .* or int4, got type 16; export"):
+        replace(tensor, dtype=16).read()
