@@ -81,6 +81,7 @@ _TEXT_2 = _TEXT | {
     "num_attention_heads": 20,
     "hidden_act": "gelu",
     "projection_dim": 1280,
+    "eos_token_id": 2,
 }
 _VAE = {
     "_class_name": "AutoencoderKL",
@@ -120,7 +121,6 @@ class Large:
 
     repository: Repository
     family: Family
-    trace_seconds: float
 
     def spec(self, checkpoint: str, name: str) -> Path:
         """The checkpoint's spec: 'w8a8', 'w7a8', or unquantised 'fp32' or 'fp16'."""
@@ -158,13 +158,9 @@ class Large:
 
 def build(folder: Path, arch: str, progress: Callable[[str], None]) -> Large:
     """Make (or find again) the repository of one architecture under `folder`."""
-    import time
-
     base = folder / "bases" / BASE
     write_configs(base, arch)
-    started = time.perf_counter()
     family = open_family(folder / "families", base, lambda text, _: progress(text))
-    seconds = time.perf_counter() - started
     for component, graphs in (
         ("unet", ("unet", "text_rows")),
         ("text_encoder", ("text_encoder",)),
@@ -184,7 +180,7 @@ def build(folder: Path, arch: str, progress: Callable[[str], None]) -> Large:
     for name in CHECKPOINTS:
         card = {"id": name, "name": name, "kind": "dreambooth", "base": BASE, "trigger": ["sks"], "class_noun": "dog"}
         (folder / "checkpoints" / name / "card.json").write_text(json.dumps(card))
-    return Large(Repository.open(folder), family, seconds)
+    return Large(Repository.open(folder), family)
 
 
 def write_configs(base: Path, arch: str) -> None:

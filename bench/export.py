@@ -2,9 +2,9 @@
 
     python -m bench.export [--arch sd15|sdxl|tiny] [--work DIR] [--no-peer]
 
-Every figure is a process of its own: wall time and peak resident memory. `first` traces the family (torch), `next` is
-another checkpoint of it (no torch), `quantize_static` is the peer: the FP32 UNet with attention left out, one sample.
-What is read lies in the page cache.
+Every figure is a process of its own: wall time and peak resident memory. `trace` is what a family costs that PersonalQ does
+not ship (torch), `next` another checkpoint of a known one (no torch), `quantize_static` is the peer: the FP32 UNet with
+attention left out, one sample. What is read lies in the page cache.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ print(json.dumps({"bytes": made.bytes, "bytes_fp16": made.bytes_fp16, "bundle": 
 TRACE = """
 import json, sys
 from pathlib import Path
-from exporters.family import open_family
-open_family(Path(sys.argv[1]) / "families", Path(sys.argv[1]) / "bases" / "base")
+from exporters.family import write_family
+from personalq.architecture import family_key, read_configs
+configs = read_configs(Path(sys.argv[1]))
+write_family(Path(sys.argv[2]), family_key(configs), configs)
 print("{}")
 """
 PEER = """
@@ -91,7 +93,8 @@ def measure(folder: Path, arch: str, with_peer: bool, progress: Any) -> list[dic
     write_configs(folder / "bases" / BASE, arch)
     if not (folder / "families").is_dir():
         progress("tracing")
-        rows.append({"step": "first trace", **measured(TRACE, folder)})
+        with tempfile.TemporaryDirectory() as traced:
+            rows.append({"step": "trace", **measured(TRACE, folder / "bases" / BASE, traced)})
     large = build(folder, arch, progress)
     for step, checkpoint in (("first checkpoint", "first"), ("next checkpoint", "next")):
         spec = large.spec(checkpoint, "w8a8")

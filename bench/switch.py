@@ -1,7 +1,7 @@
 """How long until another checkpoint can draw? In memory, and not in memory with its files in the page cache: beside another
 checkpoint of its base (cold), and as the first of it.
 
-    python -m bench.switch [--arch gallery|tiny|sd15] [--repo DIR] [--target NAME]... [--rounds N] [--work DIR]
+    python -m bench.switch [--arch gallery|tiny|sd15] [--repo DIR] [--target NAME]... [--bits NAME]... [--rounds N] [--work DIR]
 
 Beside it, in the same run: loading the same checkpoint with diffusers, and its FP32 graphs with ONNX Runtime. Then the
 eviction rules on a replayed Zipf trace, with the sizes and load times just measured.
@@ -41,14 +41,14 @@ def gallery(repository: Repository, most: int) -> tuple[Path, list[str]]:
     return repository.root, sorted(Store(repository.root).drawable())[:most]
 
 
-def random_weights(arch: str, work: Path) -> tuple[Path, list[str]]:
-    """Two checkpoints of real dimensions, exported W8A8 and FP32."""
+def random_weights(arch: str, work: Path, bits: Sequence[str]) -> tuple[Path, list[str]]:
+    """Two checkpoints of real dimensions, exported under every spec of `bits` and in FP32."""
     from bench._large import CHECKPOINTS, build
     from exporters.export import export_checkpoint
 
     large = build(work / arch, arch, lambda text: click.echo(text, err=True))
     for checkpoint in CHECKPOINTS:
-        for name in ("w8a8", "fp32"):
+        for name in (*bits, "fp32"):
             export_checkpoint(large.repository, checkpoint, large.spec(checkpoint, name))
     return large.repository.root, list(CHECKPOINTS)
 
@@ -63,7 +63,7 @@ def loader(target: str) -> Residency[Pipeline]:
     return Residency(load, lambda key: 0, 1 << 50, is_fresh=is_unchanged)
 
 
-def measure(target: str, bundles: Sequence[Path], rounds: int) -> dict[str, Any]:
+def measure(target: str, bits: str, bundles: Sequence[Path], rounds: int) -> dict[str, Any]:
     """First: a bundle when nothing of its base is in memory. Cold: each further one. Every round starts with nothing, from
     either end by turns; the one before the rounds fills the page cache and keeps what an engine keeps, and is left out."""
     first: list[Took] = []
@@ -79,6 +79,7 @@ def measure(target: str, bundles: Sequence[Path], rounds: int) -> dict[str, Any]
         kept.close()
     return {
         "engine": target,
+        "bits": bits,
         **quantiles("first", first),
         **quantiles("cold", cold),
         "resident_p50_ms": 1e3 * median(resident),
@@ -89,7 +90,7 @@ def pinned(kept: Residency[Pipeline], bundle: Path) -> Pipeline:
     return kept.pin(str(bundle)).result()
 
 
-def peers(bundles: Sequence[Path], root: Path, checkpoints: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+def peers(root: Path, checkpoints: Sequence[str], rounds: int) -> list[dict[str, Any]]:
     """diffusers' own loading of the same weights, and the FP32 graphs as ONNX Runtime opens them (so does optimum)."""
     rows = []
     references = [found for name in checkpoints[:2] if (found := reference(root, name)) is not None]
@@ -106,8 +107,12 @@ def peers(bundles: Sequence[Path], root: Path, checkpoints: Sequence[str], round
 
 def reference(root: Path, checkpoint: str) -> Path | None:
     """The checkpoint's unquantised bundle, when it has one."""
-    found = [one for one in Store(root).bundles(checkpoint) if read_manifest(one).spec.policy in ("fp32", "fp16")]
-    return found[0] if found else None
+    return of_bits(root, checkpoint, "fp32") or of_bits(root, checkpoint, "fp16")
+
+
+def of_bits(root: Path, checkpoint: str, bits: str) -> Path | None:
+    """The checkpoint's newest bundle of a kind, when it has one."""
+    return next((one for one in Store(root).bundles(checkpoint) if read_manifest(one).spec.bits == bits), None)
 
 
 def load_with_onnxruntime(bundle: Path) -> list[Any]:
@@ -205,25 +210,40 @@ def quantiles(name: str, took: Sequence[Took]) -> dict[str, Any]:
 @click.option("--arch", type=click.Choice(["gallery", "tiny", "sd15"]), default="gallery", show_default=True)
 @click.option("--repo", type=click.Path(path_type=Path), help="With --arch gallery: another repository with bundles.")
 @click.option("--target", "targets", multiple=True, default=["onnxruntime", "openvino"], show_default=True)
+@click.option(
+    "--bits", multiple=True, default=["w8a8", "w7a8"], show_default=True, help="Not with --arch gallery: w8a8."
+)
 @click.option("--rounds", type=int, default=5, show_default=True)
 @click.option("--checkpoints", "most", type=int, default=12, show_default=True, help="Of the gallery.")
 @click.option("--work", type=click.Path(path_type=Path), help="Keep the random weights here and use them again.")
-def main(arch: str, repo: Path | None, targets: tuple[str, ...], rounds: int, most: int, work: Path | None) -> None:
+def main(
+    arch: str,
+    repo: Path | None,
+    targets: tuple[str, ...],
+    bits: tuple[str, ...],
+    rounds: int,
+    most: int,
+    work: Path | None,
+) -> None:
     """Time switching between checkpoints."""
     environment = draw_environment()
     if environment != dict(os.environ):  # malloc as in a server's drawing process, which reads it when a process starts
         os.execve(sys.executable, [sys.executable, "-m", "bench.switch", *sys.argv[1:]], environment)
     with tempfile.TemporaryDirectory() as temporary:
         if arch == "gallery":
+            bits = ("w8a8",)
             root, checkpoints = gallery(Repository.open(repo), most)
         else:
-            root, checkpoints = random_weights(arch, work or Path(temporary))
-        bundles = [Store(root).find(name).bundle for name in checkpoints]
+            root, checkpoints = random_weights(arch, work or Path(temporary), bits)
         rows = []
         for target in (target for target in targets if not missing(target)):
-            rows.append(measure(target, bundles, rounds))
-            click.echo(json.dumps(rows[-1]), err=True)
-        rows += peers(bundles, root, checkpoints, rounds)
+            for kind in bits if target == "onnxruntime" else bits[:1]:  # the others open 7 bits as they open 8
+                bundles = [found for name in checkpoints if (found := of_bits(root, name, kind)) is not None]
+                if not bundles:
+                    raise click.ClickException(f"{root}: must have {kind} bundles, got none; run 'personalq export'")
+                rows.append(measure(target, kind, bundles, rounds))
+                click.echo(json.dumps(rows[-1]), err=True)
+        rows += peers(root, checkpoints, rounds)
     best = min((row for row in rows if "resident_p50_ms" in row), key=lambda row: row["cold_p50_s"])
     traces = evictions(best["cold_s"])
     for row in rows:
@@ -231,7 +251,7 @@ def main(arch: str, repo: Path | None, targets: tuple[str, ...], rounds: int, mo
         if "resident_p50_ms" in row:
             own = f"   resident {row['resident_p50_ms']:.2f} ms   first of its base {row['first_p50_s']:.3f} s"
         cold = f"cold p50 {row['cold_p50_s']:.3f} s, processor {row['cold_cpu_p50_s']:.3f} s"
-        click.echo(f"{row['engine']:20} {cold}{own}")
+        click.echo(f"{row['engine']:20} {row.get('bits', ''):5} {cold}{own}")
     for row in traces:
         click.echo(
             f"budget {row['budget']:.0%} {row['rule']:12} hit rate {row['hit_rate']:.3f} loading {row['load_seconds']} s"
@@ -248,6 +268,7 @@ def main(arch: str, repo: Path | None, targets: tuple[str, ...], rounds: int, mo
         "first_p50_s": best["first_p50_s"],
         "resident_p50_ms": round(best["resident_p50_ms"], 3),
         "best": best["engine"],
+        "best_bits": best["bits"],
     }
     click.echo(json.dumps({**told, **found, "rows": rows, "evictions": traces}))
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from personalq.architecture import family_key, read_configs
 from personalq.atomic import write_atomic
 from personalq.card import Card, folder_name
 from personalq.errors import SpecError
-from personalq.identity import family_key, read_configs, sampling_defaults, weights_sha256
+from personalq.identity import sampling_defaults, weights_sha256
 from personalq.repository import Repository
 from personalq.rows import KeptTokens
 from personalq.spec import REFERENCE, LayerSpec, Provenance, RowsSpec, Spec, SpecFile

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
+from personalq.architecture import SECOND_ENCODER, read_configs
 from personalq.card import Card
 from personalq.errors import RepositoryError
-from personalq.identity import SECOND_ENCODER, read_configs
 from personalq.repository import Repository
 
 from .conditioning import Pipe

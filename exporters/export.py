@@ -34,7 +34,7 @@ from personalq.bundle import (
 )
 from personalq.card import Card
 from personalq.errors import BundleError, SpecError
-from personalq.identity import sampling_defaults, weights_sha256
+from personalq.identity import sampling_defaults, settings_sha256, weights_sha256
 from personalq.repository import Repository
 from personalq.sharing import link_shared, note_shared
 from personalq.spec import REFERENCE, SpecFile, read_spec
@@ -80,8 +80,11 @@ def export_checkpoint(
     progress("reading weights", 0.0)
     weights = open_weights(base_dir, repository.checkpoint_dir(card.id), card.kind)
     family = open_family(repository.root / "families", base_dir, progress)
+    entry = checkpoint_entry(card, weights_sha256(base_dir, repository.checkpoint_dir(card.id)))
+    told = {"checkpoint": entry.model_dump(), "latent": latent_of(family.configs).model_dump()}
     parts = {
-        "weights": weights_sha256(base_dir, repository.checkpoint_dir(card.id)),
+        "weights": entry.sha256,
+        "settings": settings_sha256(base_dir, told),
         "spec": spec_file.content_sha256(),
         "exporter": EXPORTER_VERSION,
         "family": family.key,
@@ -94,7 +97,7 @@ def export_checkpoint(
         reused = is_intact(folder)
         if not reused:
             with atomic_directory(folder, replace=True) as temporary:
-                job = Job(card, base_dir, weights, family, spec_file, parts, key, temporary, progress)
+                job = Job(entry, base_dir, weights, family, spec_file, parts, key, temporary, progress)
                 write_bundle(job)
                 if reference.is_file():
                     shutil.copyfile(reference, temporary / "golden.safetensors")
@@ -113,7 +116,7 @@ def export_checkpoint(
 class Job:
     """Everything one export needs; `drafts` collects manifest fields as the parts are written."""
 
-    card: Card
+    checkpoint: CheckpointEntry
     base_dir: Path
     weights: CheckpointWeights
     family: Family
@@ -191,7 +194,7 @@ def manifest_of(job: Job, lowered: Lowered, text: Text) -> Manifest:
     return Manifest(
         key=job.key,
         key_parts=job.parts,
-        checkpoint=checkpoint_entry(job),
+        checkpoint=job.checkpoint,
         family=job.family.key,
         exporter_version=EXPORTER_VERSION,
         spec=SpecEntry(
@@ -238,8 +241,8 @@ def finish(job: Job, folder: Path, root: Path) -> None:
     (folder / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update={"files": files})))
 
 
-def checkpoint_entry(job: Job) -> CheckpointEntry:
-    card = job.card
+def checkpoint_entry(card: Card, sha256: str) -> CheckpointEntry:
+    """What a bundle says of its checkpoint. sha256: of the weights."""
     return CheckpointEntry(
         id=card.id,
         name=card.name,
@@ -247,7 +250,7 @@ def checkpoint_entry(job: Job) -> CheckpointEntry:
         base=card.base,
         trigger=tuple(card.trigger),
         class_noun=card.class_noun,
-        sha256=job.parts["weights"],
+        sha256=sha256,
     )
 
 

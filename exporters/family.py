@@ -1,26 +1,31 @@
 """A family: the graphs that every checkpoint of one architecture shares, kept in the repository without weights.
 
 `families/<key>-v<recipe>/` holds one ONNX file per graph (checkpoint tensors are external references to nothing, by name) and
-`family.json`. The key hashes the components' configs, so an equal architecture is traced once per tracing recipe.
+`family.json`. The key hashes what fixes the graphs, so an equal architecture is traced once per tracing recipe. Tracing
+takes minutes, so the common ones lie traced beside this file (SHIPPED; `tools/trace_families.py` makes them).
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from personalq.architecture import family_key, read_configs
 from personalq.atomic import atomic_directory
 from personalq.errors import MissingExtraError
-from personalq.identity import family_key, read_configs
 
 from .lock import only_one
 from .store import Report, silent
 
 TRACE_VERSION = "2"
 NOTE = "family.json"
+SHIPPED = Path(__file__).parent / "families"
+TRACERS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir")
 NOTHING = "left-out"
 
 
@@ -38,13 +43,19 @@ class Family:
 
 
 def open_family(families: Path, base_dir: Path, progress: Report = silent) -> Family:
-    """The family of `base_dir`'s architecture; traced now (torch needed) when the repository does not have it yet."""
+    """The family of `base_dir`'s architecture. One that the repository does not have yet is taken from those that PersonalQ
+    ships, or traced now (torch needed)."""
     configs = read_configs(base_dir)
     key, folder = family_key(configs), family_folder(families, base_dir)
     if not is_traced(folder):
         with only_one(folder):
             if not is_traced(folder):
-                _write_family(folder, key, configs, progress)
+                shipped = SHIPPED / folder.name
+                with atomic_directory(folder) as temporary:
+                    if is_traced(shipped):
+                        shutil.copytree(shipped, temporary, dirs_exist_ok=True)
+                    else:
+                        write_family(temporary, key, configs, progress)
     return Family(key, folder, configs)
 
 
@@ -58,14 +69,15 @@ def is_traced(folder: Path) -> bool:
     return (folder / NOTE).is_file()
 
 
-def _write_family(folder: Path, key: str, configs: dict[str, dict[str, Any]], progress: Report) -> None:
-    with atomic_directory(folder) as temporary:
-        progress("tracing the family's graphs (once per architecture)", 0.0)
-        for name, graph in _trace(configs):
-            save_without_weights(graph, temporary / f"{name}.onnx")
-            progress(f"tracing the family's graphs (once per architecture): {name}", 0.0)
-        note = {"key": key, "trace_version": TRACE_VERSION, "configs": configs}
-        (temporary / NOTE).write_text(json.dumps(note, indent=1, sort_keys=True) + "\n")
+def write_family(folder: Path, key: str, configs: dict[str, dict[str, Any]], progress: Report = silent) -> None:
+    """Trace an architecture into a folder that is there. Raises MissingExtraError without torch."""
+    progress("tracing the family's graphs (once per architecture)", 0.0)
+    for name, graph in _trace(configs):
+        save_without_weights(graph, folder / f"{name}.onnx")
+        progress(f"tracing the family's graphs (once per architecture): {name}", 0.0)
+    versions = {name: version(name) for name in TRACERS}
+    note = {"key": key, "trace_version": TRACE_VERSION, "versions": versions, "configs": configs}
+    (folder / NOTE).write_text(json.dumps(note, indent=1, sort_keys=True) + "\n")
 
 
 def _trace(configs: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ir.Model]]:

@@ -13,9 +13,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from personalq.architecture import SECOND_ENCODER
 from personalq.atomic import atomic_directory
 from personalq.errors import RepositoryError
-from personalq.identity import SECOND_ENCODER, weights_sha256
+from personalq.identity import weights_sha256
 from personalq.repository import Repository
 from personalq.spec import SpecFile, read_spec
 

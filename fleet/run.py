@@ -31,7 +31,7 @@ class Workers(Protocol):
 
 @dataclass
 class Summary:
-    """What a run did. families: keys that were traced in it. seconds: from start to end."""
+    """What a run did. families: keys that the repository did not have before. seconds: from start to end."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     families: list[str] = field(default_factory=list)

@@ -24,18 +24,9 @@ BASELINES = FOLDER / "baselines.json"
 
 
 def working_copy(root: Path) -> Repository:
-    """The gated checkpoints and their base in a repository of its own.
-
-    The family's graphs are traced in the gallery's own repository, once per clone: most of a first run's time.
-    """
-    from exporters.family import open_family
-
-    source = HERE / "repository"
-    for base in (source / "bases").iterdir():
-        open_family(source / "families", base)
-    for part in ("bases", "families", *(f"checkpoints/{name}" for name in GATED)):
-        if (source / part).is_dir():
-            shutil.copytree(source / part, root / part)
+    """The gated checkpoints and their base in a repository of its own."""
+    for part in ("bases", *(f"checkpoints/{name}" for name in GATED)):
+        shutil.copytree(HERE / "repository" / part, root / part)
     return Repository.open(root)
 
 

@@ -34,7 +34,8 @@ def test_tuning_lowers_the_guided_error_and_leaves_the_model_as_it_was(evidence,
     assert not [m for m in unet.modules() if m._forward_pre_hooks or m._forward_hooks]
 
 
-def test_what_is_tuned_is_stored_so_that_the_exporter_writes_what_was_tuned(evidence):
+def test_what_is_tuned_is_stored_so_that_the_exporter_writes_what_was_tuned(evidence, monkeypatch):
+    monkeypatch.setattr(tuning, "STEPS", 8)
     budget = sum(layer.weight.numel() for layer in evidence.seen.layers.values()) * 3 // 4
     decisions = decide(evidence, rule_of("taq"), "w4a8", budget)
     quantised = {name: layer for name, layer in decisions.layers.items() if layer.weight != "float"}

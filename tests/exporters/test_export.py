@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from exporters.weights import open_weights
 from personalq.bundle import check_files, read_manifest
 from personalq.errors import SpecError
 from personalq.numerics import INT8, quantize
+from personalq.repository import Repository
 from personalq.spec import read_spec
 from runtime.gate import verify_bundle
 
@@ -85,6 +87,35 @@ def test_exporting_again_reuses_the_bundle(exported):
     again = export_checkpoint(repository, "rex", spec_path(repository, "taq-w8a8"))
     assert again.reused
     assert again.key == results["taq"].key
+
+
+def test_whatever_a_bundle_says_is_in_its_key(exported, tmp_path):
+    """Scheduler, recommended steps, tokenizer and the card's words: none of them is in a weight file."""
+    root = shutil.copytree(exported[0].root, tmp_path / "repository")
+    base, card = root / "bases" / "tiny", root / "checkpoints" / "rex" / "card.json"
+
+    def export():
+        return export_checkpoint(Repository.open(root), "rex", root / "specs" / "rex" / "fp32.json")
+
+    def edit(file, **fields):
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    keys = [export().key]
+    assert export().reused and keys == [exported[1]["fp32"].key]
+    edit(base / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    keys.append(export().key)
+    assert read_manifest(root / "bundles" / keys[-1]).scheduler["prediction_type"] == "v_prediction"
+    edit(base / "personalq.json", steps=7)
+    keys.append(export().key)
+    assert read_manifest(root / "bundles" / keys[-1]).steps == 7
+    edit(base / "vae" / "config.json", scaling_factor=0.5)
+    keys.append(export().key)
+    assert read_manifest(root / "bundles" / keys[-1]).latent.scaling_factor == 0.5
+    edit(card, class_noun="wolf")
+    keys.append(export().key)
+    assert read_manifest(root / "bundles" / keys[-1]).checkpoint.class_noun == "wolf"
+    (base / "README.md").write_text("nothing a picture depends on")
+    assert export().reused and len(set(keys)) == len(keys)
 
 
 def test_two_exports_of_one_spec_are_byte_identical(exported, tmp_path):

@@ -19,8 +19,8 @@ from exporters.family import open_family
 from exporters.lint import lint_trt
 from exporters.plain import unquantised_spec
 from exporters.refit import sample_feed
+from personalq.architecture import read_configs
 from personalq.errors import RepositoryError, SpecError
-from personalq.identity import read_configs
 from personalq.repository import Repository
 from personalq.spec import SpecFile
 from runtime.pipeline import start_noise

@@ -98,11 +98,12 @@ def fp32_prediction(repository: Any, sample: Any, timestep: float, rows: Any) ->
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_onnx_runtime_computes_what_the_spec_says(exported, name, monkeypatch):
-    from calibration import tune
+    from calibration import adaround, tune
     from calibration.calibrate import CalibrateOptions, calibrate
     from exporters.export import export_checkpoint
 
     monkeypatch.setattr(tune, "STEPS", 4)
+    monkeypatch.setattr(adaround, "ITERATIONS", 10)
     policy, bits = name.rsplit("-", 1)
     repository, _ = exported
     made = calibrate(repository, "rex", CalibrateOptions(policy=policy, bits=bits, samples=2, steps=3))

@@ -67,5 +67,5 @@ def test_an_engine_takes_quick_kernels_for_narrow_weights_only(
     monkeypatch.setattr(sessions, "has_int8_dot_product", lambda: False)
     monkeypatch.setattr(sessions, "has_narrow_weights", lambda bundle: is_narrow)
     OrtEngine(copied, threads=1)
-    unets = ("unet.ort.onnx", sessions.PREPARED)  # as exported or, where another test left it beside the bundle, prepared
+    unets = ("unet.ort.onnx", sessions.PREPARED)  # the second where another test opened the bundle before
     assert {told for file, told in seen if file in unets} == {may_saturate}

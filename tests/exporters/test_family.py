@@ -1,0 +1,68 @@
+"""Families that lie traced beside the exporter: whole, of this recipe, and taken in place of a trace."""
+
+import json
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+
+from exporters import family
+from exporters.family import NOTE, SHIPPED, TRACE_VERSION, open_family
+from personalq.architecture import SECOND_ENCODER, family_key, read_configs
+from tests.personalq.test_architecture import PUBLISHED
+
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'personalq[export]'")
+GALLERY = Path(__file__).parents[2] / "gallery" / "repository" / "bases" / "toyworld"
+FOLDERS = sorted(folder for folder in SHIPPED.iterdir() if folder.is_dir())
+
+
+def test_stable_diffusions_as_published_and_the_gallery_are_shipped() -> None:
+    notes = [json.loads((folder / NOTE).read_text()) for folder in FOLDERS]
+    assert {family_key(PUBLISHED), family_key(read_configs(GALLERY))} <= {note["key"] for note in notes}
+    kinds = {(n["configs"]["unet"]["cross_attention_dim"], SECOND_ENCODER in n["configs"]) for n in notes}
+    assert {(768, False), (1024, False), (2048, True)} <= kinds
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name[:8])
+def test_a_shipped_family_has_every_parameter_of_its_models(folder: Path) -> None:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from exporters.trace import hollow
+
+    note = json.loads((folder / NOTE).read_text())
+    configs = note["configs"]
+    assert folder.name == f"{family_key(configs)}-v{TRACE_VERSION}", "run: python tools/trace_families.py"
+    assert note["trace_version"] == TRACE_VERSION and note["versions"].keys() >= {"torch", "diffusers"}
+    held = {
+        file.stem: {one.name: tuple(one.dims) for one in onnx.load(file, load_external_data=False).graph.initializer}
+        for file in folder.glob("*.onnx")
+    }
+    unet = hollow(UNet2DConditionModel.from_config, configs["unet"])
+    for name, parameter in unet.named_parameters():
+        (found,) = (graph[name] for graph in (held["unet"], held["text_rows"]) if name in graph)
+        assert found == tuple(parameter.shape), name
+    vae = hollow(AutoencoderKL.from_config, configs["vae"])
+    for name, parameter in vae.named_parameters():
+        if name.startswith(("decoder.", "post_quant_conv.")):
+            assert held["vae_decoder"][name] == tuple(parameter.shape), name
+    encoders = [name for name in ("text_encoder", SECOND_ENCODER) if name in configs]
+    assert held.keys() == {"unet", "text_rows", "vae_decoder", *encoders}
+
+
+def test_a_shipped_family_is_taken_and_not_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise AssertionError("traced")
+
+    monkeypatch.setattr(family, "_trace", refuse)
+    found = open_family(tmp_path / "families", GALLERY)
+    assert found.folder == tmp_path / "families" / f"{found.key}-v{TRACE_VERSION}"
+    shipped = SHIPPED / found.folder.name
+    names = sorted(file.name for file in shipped.iterdir())
+    assert names == sorted(file.name for file in found.folder.iterdir())
+    assert all((shipped / name).read_bytes() == (found.folder / name).read_bytes() for name in names)
+    shutil.rmtree(found.folder)
+    monkeypatch.setattr(family, "SHIPPED", tmp_path / "nothing")
+    with pytest.raises(AssertionError, match="traced"):
+        open_family(tmp_path / "families", GALLERY)
+    assert list((tmp_path / "families").glob("[!.]*")) == []
