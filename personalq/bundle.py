@@ -126,6 +126,11 @@ class Manifest(Frozen):
     versions: dict[str, str] = {}
     files: dict[str, FileEntry] = {}
 
+    @property
+    def weight_kinds(self) -> set[str]:
+        """What the UNet's layers hold, by the census: 'int8', 'int7', 'int6', 'int4', 'float'."""
+        return {kind.split()[-1].partition("/")[0] for kind, count in self.census.items() if count}
+
 
 def bundle_key(parts: dict[str, str]) -> str:
     """sha256 over the named parts (weight bytes of base and delta, spec content, exporter version, family)."""

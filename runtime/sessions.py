@@ -6,7 +6,6 @@ they are opened once for all bundles that hold the same bytes.
 """
 
 import hashlib
-import json
 import logging
 import platform
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from personalq.bundle import SPEC, Manifest, inside
+from personalq.bundle import Manifest, inside
 from personalq.engines import check_engine, engine_at, keeping_engine
 from personalq.errors import EngineError, MissingExtraError, RepositoryError
 
@@ -81,7 +80,7 @@ def open_prepared(
     bundle: Path, manifest: Manifest, file: str, threads: int | None, *, is_packed: bool = True
 ) -> Opened:
     """A graph as ONNX Runtime optimised it on this machine: read back, or made now and kept where that can be written."""
-    may_saturate = not has_int8_dot_product() and not has_narrow_weights(bundle)
+    may_saturate = not has_int8_dot_product() and not has_narrow_weights(manifest)
     parts = {
         **{"target": "onnxruntime", "graph": file, "bundle": manifest.key},
         **{f"sha256 of {name}": sha256 for name, sha256 in graph_hashes(manifest, file).items()},
@@ -218,16 +217,12 @@ def has_int8_dot_product() -> bool:
     return "avx512_vnni" in flags or "avx_vnni" in flags
 
 
-def has_narrow_weights(bundle: Path) -> bool:
-    """Whether the spec keeps every integer weight of the UNet within -64..64: then no quick kernel saturates, VNNI or not.
+def has_narrow_weights(manifest: Manifest) -> bool:
+    """Whether every integer weight of the UNet lies within -64..64: then no quick kernel saturates, VNNI or not.
 
     Those kernels add two products of uint8 by int8 in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 does not.
     """
-    try:
-        layers = json.loads((bundle / SPEC).read_bytes())["layers"].values()
-        return not any(layer["weight"] == "int8" for layer in layers)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+    return bool(manifest.weight_kinds) and "int8" not in manifest.weight_kinds
 
 
 def version_of_onnxruntime() -> str:

@@ -64,6 +64,5 @@ LIMITS = {
 
 def precision(manifest: Manifest) -> str:
     """The key of LIMITS: the narrowest weight that the bundle's layers have, or its float storage."""
-    kinds = {key.split()[-1].split("/")[0] for key, count in manifest.census.items() if count}
-    narrowest = next((kind for kind in ("int4", "int6", "int7", "int8") if kind in kinds), manifest.spec.storage)
+    narrowest = next((k for k in ("int4", "int6", "int7", "int8") if k in manifest.weight_kinds), manifest.spec.storage)
     return narrowest if narrowest in LIMITS else "float32"

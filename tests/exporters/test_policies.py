@@ -17,6 +17,7 @@ POLICIES = [
     "ptqd-w8a8",
     "taq-w4a8",
     "mixdq-w6a8",
+    "rtn-w7a8",
     "smoothquant-w8a8",
     "taq-w4a16",
 ]

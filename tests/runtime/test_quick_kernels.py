@@ -1,12 +1,12 @@
 """ONNX Runtime's quick int8 kernels are exact when weights lie within -64..64, and are used then; also without VNNI."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from personalq.bundle import read_manifest
 from runtime import sessions
 from runtime.engine import OrtEngine
 from runtime.sessions import has_narrow_weights, open_session
@@ -36,21 +36,19 @@ def test_the_largest_narrow_weights_give_exact_sums(tmp_path: Path, shape: tuple
 
 
 @pytest.mark.parametrize(
-    ("weights", "is_narrow"),
-    [(["int4", "float"], True), (["int6", "int7"], True), (["int7", "int8"], False), (["int8"], False)],
+    ("kinds", "is_narrow"),
+    [
+        (["conv int4/int8", "linear float/float"], True),
+        (["conv int6/int8", "linear int7/int8"], True),
+        (["conv int7/int8", "linear int8/int8"], False),
+        ([], False),
+    ],
     ids=str,
 )
-def test_narrow_is_what_the_spec_says(tmp_path: Path, weights: list[str], is_narrow: bool) -> None:
-    layers = {str(i): {"op": "conv", "weight": weight} for i, weight in enumerate(weights)}
-    (tmp_path / "spec.json").write_text(json.dumps({"layers": layers}))
-    assert has_narrow_weights(tmp_path) is is_narrow
-
-
-@pytest.mark.parametrize("content", [None, "", "[]", '{"layers": {"a": 1}}'])
-def test_a_spec_that_cannot_be_read_takes_exact_kernels(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "spec.json").write_text(content)
-    assert has_narrow_weights(tmp_path) is False
+def test_narrow_is_what_the_census_says(bundle: Path, kinds: list[str], is_narrow: bool) -> None:
+    census = dict.fromkeys(kinds, 3)
+    manifest = read_manifest(bundle).model_copy(update={"census": census | {"linear int8/float": 0}})
+    assert has_narrow_weights(manifest) is is_narrow
 
 
 @pytest.mark.parametrize(("is_narrow", "may_saturate"), [(True, False), (False, True)])
@@ -65,7 +63,7 @@ def test_an_engine_takes_quick_kernels_for_narrow_weights_only(
 
     monkeypatch.setattr(sessions, "open_session", spy)
     monkeypatch.setattr(sessions, "has_int8_dot_product", lambda: False)
-    monkeypatch.setattr(sessions, "has_narrow_weights", lambda bundle: is_narrow)
+    monkeypatch.setattr(sessions, "has_narrow_weights", lambda manifest: is_narrow)
     OrtEngine(copied, threads=1)
     unets = ("unet.ort.onnx", sessions.PREPARED)  # the second where another test opened the bundle before
     assert {told for file, told in seen if file in unets} == {may_saturate}
