@@ -1,4 +1,4 @@
-"""What this machine can run: devices, targets with the reason when one is missing, and versions. Imports no engine."""
+"""What this machine can run: devices, targets with the reason when one is missing, advice, versions. Imports no engine."""
 
 import platform
 import subprocess
@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .sessions import has_int8_dot_product
 from .targets import TARGETS, missing
 
 # Package -> the extra that installs it, for what runs or makes bundles.
@@ -45,10 +46,11 @@ class Target:
 
 
 def examine() -> dict[str, Any]:
-    """The keys of `personalq doctor --json`: devices, targets, versions."""
+    """The keys of `personalq doctor --json`: devices, targets, advice, versions."""
     return {
         "devices": [asdict(device) for device in devices()],
         "targets": [asdict(target) for target in targets()],
+        "advice": advice(),
         "versions": versions(),
     }
 
@@ -61,6 +63,16 @@ def devices() -> list[Device]:
 def targets() -> list[Target]:
     """Every target: whether it is served here, or what is missing."""
     return [_target(name) for name in TARGETS]
+
+
+def advice() -> list[str]:
+    """What would run better here, and how: one line each."""
+    if has_int8_dot_product():
+        return []
+    return [
+        "no VNNI: 8-bit weights take exact int8 kernels, which are slower; 'personalq calibrate ID --bits w7a8' makes "
+        "weights for which the quick ones are exact"
+    ]
 
 
 def versions() -> Mapping[str, str]:

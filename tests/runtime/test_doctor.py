@@ -44,6 +44,13 @@ def test_the_cpu_is_named_with_the_features_that_choose_kernels() -> None:
     assert cpu.kind == "cpu" and cpu.name and set(cpu.features) <= set(doctor.CPU_FLAGS)
 
 
+@pytest.mark.parametrize("has_vnni", [True, False])
+def test_a_cpu_without_vnni_is_told_of_seven_bits(monkeypatch: pytest.MonkeyPatch, has_vnni: bool) -> None:
+    monkeypatch.setattr(doctor, "has_int8_dot_product", lambda: has_vnni)
+    lines = doctor.examine()["advice"]
+    assert lines == [] if has_vnni else "--bits w7a8" in lines[0]
+
+
 def test_gpus_are_what_the_driver_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = "NVIDIA GeForce RTX 4090, 8.9, 24564 MiB, 580.1\nbroken line\n"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=listed))
