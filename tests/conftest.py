@@ -13,7 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never downloads
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-# Files of minutes come first: a worker that got one last would end alone. They trace, serve on Ray, or draw the gallery.
+# Files of minutes come first, in this order: a worker that got one last would end alone, and the second, which traces, is
+# what the ones after it wait for.
 LONG = (
     "tests/test_path.py",
     "tests/exporters/test_families.py",
@@ -24,7 +25,10 @@ WORDS = ("a", "photo", "of", "dog", "cat", "mug", "red", "blue", "beach", "fores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+    def place(item: pytest.Item) -> int:
+        return next((i for i, begin in enumerate(LONG) if item.nodeid.startswith(begin)), len(LONG))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
