@@ -31,30 +31,28 @@ class Stored:
 
 @dataclass(frozen=True)
 class Model:
-    """One model's files as they lie on disk."""
+    """One model's parameters as they lie on disk."""
 
-    role: str
-    files: tuple[TensorFile, ...]
     stored: Mapping[str, Stored]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: stored.file.shape(stored.name) for name, stored in self.stored.items()}
 
 
-def read_models(folder: Path, role: str) -> dict[str, Model]:
-    """Every model of COMPONENTS that has weights in its sub-folder. role: 'base' or 'checkpoint', for the hash."""
-    return {name: model for name in COMPONENTS if (model := _read_model(folder / name, name, role))}
+def read_models(folder: Path) -> dict[str, Model]:
+    """Every model of COMPONENTS that has weights in its sub-folder."""
+    return {name: model for name in COMPONENTS if (model := _read_model(folder / name, name))}
 
 
-def _read_model(folder: Path, component: str, role: str) -> Model | None:
+def _read_model(folder: Path, component: str) -> Model | None:
     """The model in a diffusers sub-folder; None when it has no weights at all, an error when they are pickles."""
     paths = _weight_paths(folder)
     if not paths:
         refuse_pickles(folder)
         return None
-    files = tuple(TensorFile(path) for path in paths)
+    files = [TensorFile(path) for path in paths]
     stored = {_parameter(component, key): Stored(file, key) for file in files for key in file.names()}
-    return Model(role, files, {name: place for name, place in stored.items() if not name.endswith("position_ids")})
+    return Model({name: place for name, place in stored.items() if not name.endswith("position_ids")})
 
 
 def _weight_paths(folder: Path) -> list[Path]:

@@ -7,13 +7,10 @@ the `text_model.` prefix, text_encoder_2 (CLIPTextModelWithProjection) with it, 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-from personalq.bundle import file_sha256
 from personalq.errors import RepositoryError
 
 from .deltas import ANOTHER_BASE, TOKEN_EMBEDDING, Delta, Edit, custom_diffusion_edits, embedding_edits, file_kind
@@ -62,13 +59,11 @@ class CheckpointWeights:
 
     added_tokens: (token, its pieces) for each learned embedding; piece i of all of them, in order, has the id
     first_added_id + i and row first_added_id + i of the text encoder's token embedding.
-    files: (role, path) of every file that is read, in the order of the hash.
     """
 
     components: Mapping[str, ComponentWeights]
     added_tokens: tuple[tuple[str, tuple[str, ...]], ...]
     first_added_id: int
-    files: tuple[tuple[str, Path], ...]
 
     def component(self, name: str) -> ComponentWeights:
         """One of COMPONENTS. Raises RepositoryError when the checkpoint has no such model."""
@@ -78,20 +73,6 @@ class CheckpointWeights:
             )
         return self.components[name]
 
-    def sha256(self) -> str:
-        """Hash of every weight file's bytes, base and delta, in the order of their roles. Folders do not enter it."""
-        digest = hashlib.sha256()
-        for role, path in self.files:
-            stat = path.stat()
-            digest.update(f"{role}/{path.name}:{_hashed(path, stat.st_size, stat.st_mtime_ns)}\n".encode())
-        return digest.hexdigest()
-
-
-@lru_cache(maxsize=1024)
-def _hashed(path: Path, size: int, mtime_ns: int) -> str:
-    """A file's sha256, remembered by this process while size and time stay the same."""
-    return file_sha256(path)
-
 
 def open_weights(base_dir: Path, checkpoint_dir: Path | None, kind: str) -> CheckpointWeights:
     """Open a base pipeline folder with one checkpoint's delta over it; no delta for `checkpoint_dir` None.
@@ -100,22 +81,21 @@ def open_weights(base_dir: Path, checkpoint_dir: Path | None, kind: str) -> Chec
     'custom_diffusion' (safetensors files in `checkpoint_dir`, told apart by what is in them).
     Raises RepositoryError in one line: missing, truncated or pickled files, names or shapes that do not fit the base.
     """
-    base = read_models(base_dir, "base")
+    base = read_models(base_dir)
     if checkpoint_dir is None:
-        return _checkpoint(base_dir, base, {}, base_dir, Delta(), [])
+        return _checkpoint(base_dir, base, {}, base_dir, Delta())
     if not checkpoint_dir.exists():
         raise RepositoryError(
             f"{checkpoint_dir}: must hold the checkpoint's weights, got nothing; run 'personalq add' again"
         )
     refuse_pickles(checkpoint_dir)
     if kind == "dreambooth":
-        whole = read_models(checkpoint_dir, "checkpoint")
+        whole = read_models(checkpoint_dir)
         _check_whole(checkpoint_dir, base, whole)
-        return _checkpoint(base_dir, base, whole, checkpoint_dir, Delta(), [])
+        return _checkpoint(base_dir, base, whole, checkpoint_dir, Delta())
     files = _delta_files(checkpoint_dir, kind)
     _check_required(base_dir, base)
-    delta = _delta(files, base, read_vocabulary(base_dir))
-    return _checkpoint(base_dir, base, {}, base_dir, delta, files)
+    return _checkpoint(base_dir, base, {}, base_dir, _delta(files, base, read_vocabulary(base_dir)))
 
 
 def _checkpoint(
@@ -124,7 +104,6 @@ def _checkpoint(
     whole: Mapping[str, Model],
     tokenizer_dir: Path,
     delta: Delta,
-    delta_files: Sequence[TensorFile],
 ) -> CheckpointWeights:
     models = {**base, **whole}
     _check_required(base_dir, models)
@@ -137,11 +116,9 @@ def _checkpoint(
         for name in COMPONENTS
         if name in models
     }
-    files = [(f"{models[name].role}.{name}", file.path) for name in components for file in models[name].files]
-    files += [(f"delta.{file_kind(file)}", file.path) for file in delta_files]
     rows = models["text_encoder"].shapes().get(TOKEN_EMBEDDING, (0,))[0]
     first = len(read_vocabulary(tokenizer_dir) or read_vocabulary(base_dir)) or rows
-    return CheckpointWeights(components, delta.added_tokens, first, tuple(files))
+    return CheckpointWeights(components, delta.added_tokens, first)
 
 
 def _check_required(base_dir: Path, models: Mapping[str, Model]) -> None:
