@@ -25,8 +25,8 @@ import numpy as np
 
 from bench.fleet import two_nodes
 from bench.serve import Load, Server, drive
-from fleet.cluster import connect, ray_module
-from fleet.serve import NAME, Replicas
+from fleet.cluster import Replicas, connect, ray_module
+from fleet.serve import NAME
 from fleet.work import Work
 from personalq.repository import Repository
 from runtime.serving.options import DrawOptions, Limits, ServeOptions

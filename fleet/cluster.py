@@ -28,6 +28,16 @@ class Needs:
     memory_bytes: int
 
 
+@dataclass(frozen=True)
+class Replicas:
+    """How many draw: `least` to `most`, as requests come. threads: cores of each; gpus may be a fraction."""
+
+    least: int
+    most: int
+    threads: int
+    gpus: float
+
+
 class Cluster:
     """A connection to a Ray cluster; without an address, to the one of this machine, which is started when there is none.
 

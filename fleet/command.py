@@ -82,7 +82,8 @@ def _serve_on_ray(
 ) -> None:
     from runtime.serving.options import options_of
 
-    from .serve import Replicas, serve_on_ray
+    from .cluster import Replicas
+    from .serve import serve_on_ray
 
     gpus = float(options["target"].startswith("tensorrt")) if gpus is None else gpus
     size = Replicas(replicas, max(replicas, max_replicas or 0), threads, gpus)

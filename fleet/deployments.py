@@ -19,9 +19,9 @@ from runtime.serving.options import MEGABYTE, DrawOptions, ServeOptions
 from runtime.serving.process import DrawProcess
 from runtime.serving.serve import start_access_log
 
+from .cluster import Replicas
 from .drawing import REPORTS, ClusterDrawing
 from .routing import HolderRouter
-from .serve import Replicas
 
 _STATS_SECONDS = 1.0
 _ROUNDED_BYTES = -8  # decimal digits: what changes all the time would be sent to every router all the time

@@ -3,7 +3,6 @@
 import signal
 import sys
 import threading
-from dataclasses import dataclass
 
 from personalq.errors import FleetError
 from personalq.remote import Remote
@@ -11,19 +10,9 @@ from personalq.repository import Repository
 from runtime.cache import take_cards
 from runtime.serving.options import MEGABYTE, ServeOptions
 
-from .cluster import Needs, connect, ray_module, warn_misfit
+from .cluster import Needs, Replicas, connect, ray_module, warn_misfit
 
 NAME = "personalq"
-
-
-@dataclass(frozen=True)
-class Replicas:
-    """How many draw: `least` to `most`, as requests come. threads: cores of each; gpus may be a fraction."""
-
-    least: int
-    most: int
-    threads: int
-    gpus: float
 
 
 def serve_on_ray(options: ServeOptions, replicas: Replicas, address: str) -> None:
