@@ -1,7 +1,9 @@
 """Families that lie traced beside the exporter: whole, of this recipe, and taken in place of a trace."""
 
+import importlib.util
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -13,7 +15,8 @@ from personalq.architecture import SECOND_ENCODER, family_key, read_configs
 from tests.personalq.test_architecture import PUBLISHED
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'personalq[export]'")
-GALLERY = Path(__file__).parents[2] / "gallery" / "repository" / "bases" / "toyworld"
+ROOT = Path(__file__).parents[2]
+GALLERY = ROOT / "gallery" / "repository" / "bases" / "toyworld"
 FOLDERS = sorted(folder for folder in SHIPPED.iterdir() if folder.is_dir())
 
 
@@ -66,3 +69,27 @@ def test_a_shipped_family_is_taken_and_not_traced(tmp_path: Path, monkeypatch: p
     with pytest.raises(AssertionError, match="traced"):
         open_family(tmp_path / "families", GALLERY)
     assert list((tmp_path / "families").glob("[!.]*")) == []
+
+
+def test_the_tool_tells_a_family_that_is_traced_otherwise_now(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("trace_families", ROOT / "tools" / "trace_families.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    note = json.loads((FOLDERS[0] / NOTE).read_text())
+
+    def retrace(folder: Path, key: str, *_: object, change: bytes = b"") -> None:
+        shutil.copytree(SHIPPED / f"{key}-v{TRACE_VERSION}", folder, dirs_exist_ok=True)
+        (folder / "unet.onnx").write_bytes((folder / "unet.onnx").read_bytes() + change)
+
+    monkeypatch.setattr(tool, "version", lambda name: note["versions"][name])
+    monkeypatch.setattr(tool, "write_family", retrace)
+    assert tool.differs(note) is False
+    monkeypatch.setattr(tool, "write_family", partial(retrace, change=b"more"))
+    assert tool.differs(note) is True
+    monkeypatch.setattr(tool, "version", lambda name: "another")
+    assert tool.differs(note) is False
+    equal, other, elsewhere = capsys.readouterr().out.splitlines()
+    assert equal.endswith(": equal") and other.endswith("differs in unet.onnx") and elsewhere.endswith("not compared")
