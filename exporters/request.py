@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from personalq.architecture import family_key, read_configs
 from personalq.card import folder_name
 from personalq.errors import EngineError, SpecError
 from personalq.identity import weights_sha256
@@ -88,13 +89,22 @@ def lint_result(result: ExportResult) -> tuple[dict[str, Any], list[str], int]:
 
 def reference_spec(repository: Repository, checkpoint_id: str, name: str, progress: Report = silent) -> Path:
     """The checkpoint's unquantised spec `name`, the one 'calibrate --policy' wrote or a new one made from its family."""
-    card = repository.card(checkpoint_id)
-    path = repository.root / "specs" / folder_name(card.id) / f"{name}.json"
-    base, folder = repository.base_dir(card), repository.checkpoint_dir(card.id)
-    family, sha256 = open_family(repository.root / "families", base, progress), weights_sha256(base, folder)
-    if path.is_file() and read_spec(path).spec.provenance.checkpoint_sha256 == sha256:
+    path = repository.root / "specs" / folder_name(checkpoint_id) / f"{name}.json"
+    if is_current(path, repository, checkpoint_id):
         return path
-    return unquantised_spec(family, card.id, sha256, name).write(path)
+    base = repository.base_dir(repository.card(checkpoint_id))
+    family = open_family(repository.root / "families", base, progress)
+    sha256 = weights_sha256(base, repository.checkpoint_dir(checkpoint_id))
+    return unquantised_spec(family, checkpoint_id, sha256, name).write(path)
+
+
+def is_current(path: Path, repository: Repository, checkpoint_id: str) -> bool:
+    """Whether there is a spec, made for the checkpoint's weights and architecture as they are now."""
+    if not path.is_file():
+        return False
+    spec, base = read_spec(path).spec, repository.base_dir(repository.card(checkpoint_id))
+    sha256 = weights_sha256(base, repository.checkpoint_dir(checkpoint_id))
+    return (spec.provenance.checkpoint_sha256, spec.family) == (sha256, family_key(read_configs(base)))
 
 
 def last_spec(repository: Repository, checkpoint_id: str) -> Path:

@@ -1,4 +1,4 @@
-"""One checkpoint, wherever it runs: calibrate when there is no spec for these weights, export, build, verify.
+"""One checkpoint, wherever it runs: calibrate when there is no spec for it as it is now, export, build, verify.
 
 Every step is content-addressed or checks what is there first, so a task may be run twice, or after it was killed.
 """
@@ -13,14 +13,12 @@ from pathlib import Path
 
 from exporters.family import open_family
 from exporters.plain import STORAGES
-from exporters.request import export_request, last_spec, reference_spec
+from exporters.request import export_request, is_current, last_spec, reference_spec
 from personalq.bundle import read_manifest
 from personalq.card import folder_name
 from personalq.errors import PersonalQError, SpecError
-from personalq.identity import weights_sha256
 from personalq.remote import Remote
 from personalq.repository import Repository
-from personalq.spec import read_spec
 
 from .verified import is_verified, verified_level, verify
 from .work import DEFAULT_SPEC, NOT_VERIFIED, Outcome, Task, Work
@@ -96,7 +94,7 @@ def _export(work: Work, checkpoint_id: str, steps: Steps) -> Outcome:
 
 
 def known_spec(repository: Repository, checkpoint_id: str, name: str) -> Path | None:
-    """The spec to export under, made for the weights as they are now; None when it must be calibrated first.
+    """The spec to export under, made for the checkpoint as it is now; None when it must be calibrated first.
 
     An unquantised one is taken only when it was named.
     """
@@ -109,10 +107,7 @@ def known_spec(repository: Repository, checkpoint_id: str, name: str) -> Path | 
             path = last_spec(repository, card.id)
         except SpecError:
             return None
-    if not path.is_file() or path.stem in STORAGES:
-        return None
-    weights = weights_sha256(repository.base_dir(card), repository.checkpoint_dir(card.id))
-    return path if read_spec(path).spec.provenance.checkpoint_sha256 == weights else None
+    return path if path.stem not in STORAGES and is_current(path, repository, card.id) else None
 
 
 def calibrated(repository: Repository, checkpoint_id: str, name: str) -> Path:

@@ -1,15 +1,18 @@
 """Which spec and which targets an export means."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from exporters.build_tensorrt import require
-from exporters.request import export_request, last_spec
+from exporters.request import export_request, is_current, last_spec, reference_spec
 from personalq.errors import EngineError, PersonalQError, SpecError
 from personalq.repository import Repository
+from personalq.spec import SpecFile, read_spec
 
 
 def write_specs(root: Path, *names: str) -> Repository:
@@ -34,6 +37,21 @@ def test_a_reference_is_meant_only_when_there_is_nothing_else(tmp_path: Path) ->
 def test_no_spec_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"^me/dog: must have a spec .* got none; run 'personalq calibrate me/dog'$"):
         last_spec(write_specs(tmp_path), "me/dog")
+
+
+def test_a_spec_for_other_weights_or_another_architecture_is_not_current(exported: Any, tmp_path: Path) -> None:
+    """A reference is then made again; a calibrated one is refused by the export, or calibrated again by a run over many."""
+    repository = Repository.open(Path(shutil.copytree(exported[0].root, tmp_path / "repository")))
+    path = repository.root / "specs" / "rex" / "fp32.json"
+    assert is_current(path, repository, "rex")
+    assert not is_current(path.with_name("missing.json"), repository, "rex")
+    file, content = read_spec(path), path.read_bytes()
+    assert reference_spec(repository, "rex", "fp32") == path and path.read_bytes() == content
+    provenance = file.spec.provenance.model_copy(update={"checkpoint_sha256": "0"})
+    for changed in ({"family": "0"}, {"provenance": provenance}):
+        SpecFile(file.spec.model_copy(update=changed), file.tensors).write(path)
+        assert not is_current(path, repository, "rex")
+        assert is_current(reference_spec(repository, "rex", "fp32"), repository, "rex")
 
 
 def test_a_target_that_this_version_cannot_make_is_refused_first(tmp_path: Path) -> None:
