@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -69,6 +71,24 @@ def test_a_shipped_family_is_taken_and_not_traced(tmp_path: Path, monkeypatch: p
     with pytest.raises(AssertionError, match="traced"):
         open_family(tmp_path / "families", GALLERY)
     assert list((tmp_path / "families").glob("[!.]*")) == []
+
+
+def test_a_first_export_of_a_shipped_family_needs_no_torch(tmp_path: Path) -> None:
+    for part in ("bases", "checkpoints/domino-the-dog"):
+        shutil.copytree(ROOT / "gallery" / "repository" / part, tmp_path / part)
+    code = """
+import sys
+for name in ("torch", "diffusers", "transformers", "onnxscript"):
+    sys.modules[name] = None
+sys.argv = ["personalq", "--repo", sys.argv[1], "export", "domino-the-dog", "--spec", "fp16", "--json"]
+import cli
+cli.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (Path(json.loads(done.stdout)["bundle"]) / "unet.ort.onnx").is_file()
 
 
 def test_the_tool_tells_a_family_that_is_traced_otherwise_now(
