@@ -53,7 +53,8 @@ def open_family(families: Path, base_dir: Path, progress: Report = silent) -> Fa
                 shipped = SHIPPED / folder.name
                 with atomic_directory(folder) as temporary:
                     if is_traced(shipped):
-                        shutil.copytree(shipped, temporary, dirs_exist_ok=True)
+                        for file in shipped.iterdir():
+                            shutil.copyfile(file, temporary / file.name)  # not its mode: packages may be read-only
                     else:
                         write_family(temporary, key, configs, progress)
     return Family(key, folder, configs)
