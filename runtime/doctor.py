@@ -19,7 +19,7 @@ EXTRAS = {
     "torch": "export",
     "diffusers": "export",
     "transformers": "export",
-    "onnx": "export",
+    "onnx": "convert",
 }
 # Distributions that install the same module.
 SAME = {"onnxruntime": ("onnxruntime-gpu",)}
