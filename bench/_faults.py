@@ -21,7 +21,7 @@ from personalq.numerics import INT4, mse_scale
 from personalq.repository import Repository
 from personalq.spec import SpecFile, read_spec
 from runtime.gate.obedience import LayerInGraph
-from runtime.onnxfile import Edited, Graph, Tensor, read_graph
+from runtime.onnxfile import Edited, Graph, Tensor, read_graph, read_model
 
 UNET, TEXT_ENCODER = "unet.ort.onnx", "text_encoder.onnx"
 
@@ -48,10 +48,10 @@ def overwrite(graph: Graph, name: str, array: npt.NDArray[Any]) -> None:
             file.seek(tensor.offset)
             file.write(blob)
         return
-    edited = Edited(graph)
-    (held,) = (one for one in edited.model.graph.initializer if one.name == name)
+    model = read_model(graph.path)
+    (held,) = (one for one in model.graph.initializer if one.name == name)
     held.raw_data = blob
-    graph.path.write_bytes(edited.serialized())
+    graph.path.write_bytes(model.SerializeToString())
 
 
 def reseal(folder: Path, **changes: Any) -> None:

@@ -46,7 +46,8 @@ def open_family(families: Path, base_dir: Path, progress: Report = silent) -> Fa
     """The family of `base_dir`'s architecture. One that the repository does not have yet is taken from those that PersonalQ
     ships, or traced now (torch needed)."""
     configs = read_configs(base_dir)
-    key, folder = family_key(configs), family_folder(families, base_dir)
+    key = family_key(configs)
+    folder = families / family_name(key)
     if not is_traced(folder):
         with only_one(folder):
             if not is_traced(folder):
@@ -62,7 +63,12 @@ def open_family(families: Path, base_dir: Path, progress: Report = silent) -> Fa
 
 def family_folder(families: Path, base_dir: Path) -> Path:
     """Where the family of `base_dir`'s architecture is, or will be. Raises RepositoryError for a base that is refused."""
-    return families / f"{family_key(read_configs(base_dir))}-v{TRACE_VERSION}"
+    return families / family_name(family_key(read_configs(base_dir)))
+
+
+def family_name(key: str) -> str:
+    """The folder's name of a family as it is traced now."""
+    return f"{key}-v{TRACE_VERSION}"
 
 
 def is_traced(folder: Path) -> bool:

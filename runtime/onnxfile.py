@@ -201,16 +201,16 @@ class Edited:
     """
 
     def __init__(self, graph: Graph) -> None:
-        self.model = read_model(graph.path)
-        self._producers = {output: node for node in self.model.graph.node for output in node.output}
+        self._model = read_model(graph.path)
+        self._producers = {output: node for node in self._model.graph.node for output in node.output}
 
     def serialized(self) -> bytes:
         """The file."""
-        return bytes(self.model.SerializeToString())
+        return bytes(self._model.SerializeToString())
 
     def add_node(self, op: str, inputs: Sequence[str], output: str, **attributes: int | Sequence[int]) -> None:
         """A node with one output and integer attributes."""
-        node = self.model.graph.node.add(op_type=op, name=f"added_{output}", input=inputs, output=[output])
+        node = self._model.graph.node.add(op_type=op, name=f"added_{output}", input=inputs, output=[output])
         for name, value in attributes.items():
             if isinstance(value, int):
                 node.attribute.add(name=name, i=value, type=_INT)
@@ -221,11 +221,11 @@ class Edited:
         """An initializer of a dtype in DTYPES."""
         dtype = next(code for code, kind in DTYPES.items() if array.dtype == kind)
         raw = np.ascontiguousarray(array).tobytes()
-        self.model.graph.initializer.add(name=name, dims=array.shape, data_type=dtype, raw_data=raw)
+        self._model.graph.initializer.add(name=name, dims=array.shape, data_type=dtype, raw_data=raw)
 
     def add_output(self, name: str) -> None:
         """An output of the graph, whose type the engine infers."""
-        self.model.graph.output.add(name=name)
+        self._model.graph.output.add(name=name)
 
     def cut_off(self, value: str) -> None:
         """Give a value another name where its node declares it, so that something else may produce it."""

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout
 
-from exporters.family import NOTE, SHIPPED, TRACE_VERSION, TRACERS, write_family
+from exporters.family import NOTE, SHIPPED, TRACERS, family_name, write_family
 from personalq.architecture import family_key, read_configs
 
 Configs = dict[str, dict[str, Any]]
@@ -48,7 +48,7 @@ def ship(configs: Configs) -> None:
         write_family(Path(folder), key, configs, lambda text, _: print(f"{key}: {text}", flush=True))
         for old in SHIPPED.glob(f"{key}-v*"):
             shutil.rmtree(old)
-        shutil.copytree(folder, SHIPPED / f"{key}-v{TRACE_VERSION}")
+        shutil.copytree(folder, SHIPPED / family_name(key))
 
 
 def differs(note: dict[str, Any]) -> bool:
@@ -60,7 +60,7 @@ def differs(note: dict[str, Any]) -> bool:
         return False
     with tempfile.TemporaryDirectory() as folder:
         write_family(Path(folder), key, note["configs"])
-        shipped = SHIPPED / f"{key}-v{TRACE_VERSION}"
+        shipped = SHIPPED / family_name(key)
         names = sorted({file.name for place in (Path(folder), shipped) for file in place.glob("*")})
         odd = [name for name in names if read(shipped / name) != read(Path(folder) / name)]
     print(f"{key}: {'differs in ' + ', '.join(odd) if odd else 'equal'}", flush=True)

@@ -64,5 +64,5 @@ LIMITS = {
 
 def precision(manifest: Manifest) -> str:
     """The key of LIMITS: the narrowest weight that the bundle's layers have, or its float storage."""
-    narrowest = next((k for k in ("int4", "int6", "int7", "int8") if k in manifest.weight_kinds), manifest.spec.storage)
+    narrowest = next((kind for kind in reversed(PRECISIONS) if kind in manifest.weight_kinds), manifest.spec.storage)
     return narrowest if narrowest in LIMITS else "float32"
