@@ -10,8 +10,10 @@ COPY personalq personalq
 COPY runtime runtime
 COPY fleet fleet
 # The other rooms are named in pyproject.toml; a server has only their names.
-RUN mkdir -p calibration exporters/lint gallery bench && touch calibration/__init__.py exporters/__init__.py \
-        exporters/lint/__init__.py gallery/__init__.py bench/__init__.py \
+RUN python -c "import pathlib, tomllib; \
+        names = tomllib.load(open('pyproject.toml', 'rb'))['tool']['setuptools']['packages']; \
+        files = [pathlib.Path(*name.split('.'), '__init__.py') for name in names]; \
+        [(file.parent.mkdir(parents=True, exist_ok=True), file.touch()) for file in files]" \
     && python -m venv /opt/personalq \
     && /opt/personalq/bin/pip install --no-cache-dir -c constraints.txt ".[${EXTRAS},serve]" \
     && /opt/personalq/bin/pip uninstall -y pip \

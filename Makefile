@@ -39,7 +39,7 @@ test: install $(S3_STAMP)
 	$(TEST_ENV) PERSONALQ_MOTO_SERVER=$(CURDIR)/$(S3)/bin/moto_server $(BIN)/python -m pytest $(PYTEST)
 
 test-optimum: install $(OPTIMUM_STAMP)
-	$(TEST_ENV) PERSONALQ_OPTIMUM_PYTHON=$(OPTIMUM)/bin/python $(BIN)/python -m pytest -q tests/exporters/test_optimum.py
+	$(TEST_ENV) PERSONALQ_OPTIMUM_PYTHON=$(OPTIMUM)/bin/python $(BIN)/python -m pytest -q tests/exporters/targets/test_optimum.py
 
 lint: install
 	$(BIN)/ruff format --check .

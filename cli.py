@@ -109,7 +109,7 @@ def check(fix: bool) -> Result:
 @reports
 def index() -> Result:
     """Build the Check-in index over all cards."""
-    from personalq.checkin import index as build
+    from personalq.checkin.indexing import index as build
 
     return Result(build(opened()).to_json())
 
@@ -149,7 +149,9 @@ def calibrate(id_: str, budget_mb: float | None, row_bits: str, page: Path | Non
     with progress() as report:
         options = room.CalibrateOptions(budget_bytes=budget, row_bits=int(row_bits), report=page, **rule)
         made = room.calibrate(repository, id_, options, report)
-    counted = {name: getattr(made, name) for name in ("kept_tokens", "layers", "seconds", "peak_rss_bytes")}
+    counted = {
+        name: getattr(made, name) for name in ("kept_tokens", "layers", "checked_against", "seconds", "peak_rss_bytes")
+    }
     return Result({"spec": str(made.spec_path), **rule, **counted})
 
 
@@ -158,7 +160,7 @@ cli.add_command(export_command(opened))
 
 def weights_reader() -> OpenWeights:
     """How the gate reads a checkpoint's own weights."""
-    from exporters.weights import open_weights
+    from personalq.weights.checkpoint import open_weights
 
     return open_weights
 
@@ -173,7 +175,7 @@ cli.add_command(verify_command(opened, weights_reader))
 @reports
 def generate(request: str, out: Path, **options: Any) -> Result:
     """Draw a REQUEST with the checkpoint that Check-in picks."""
-    from runtime import generate as room
+    from runtime.drawing import generate as room
 
     with progress() as report:
         return Result(asdict(room.generate(opened(), request, out, room.order_of(**options), report)))

@@ -20,8 +20,8 @@ from personalq.goldens import GOLDEN
 from personalq.numerics import INT4, mse_scale
 from personalq.repository import Repository
 from personalq.spec import SpecFile, read_spec
-from runtime.gate.obedience import LayerInGraph
-from runtime.onnxfile import Edited, Graph, Tensor, read_graph, read_model
+from runtime.engines.onnxfile import Edited, Graph, Tensor, read_graph, read_model
+from runtime.gate.levels.obedience import LayerInGraph
 
 UNET, TEXT_ENCODER = "unet.ort.onnx", "text_encoder.onnx"
 
@@ -214,7 +214,7 @@ def inject(name: str, case: Case) -> None:
 
 def with_int4(repository: Repository, checkpoint_id: str, spec_file: SpecFile, layers: list[str]) -> SpecFile:
     """The spec with these layers at 4 bits, rounded to nearest: worse on purpose, and honest about it."""
-    from exporters.weights import open_weights
+    from personalq.weights.checkpoint import open_weights
 
     card = repository.card(checkpoint_id)
     weights = open_weights(repository.base_dir(card), repository.checkpoint_dir(card.id), card.kind).component("unet")
@@ -230,7 +230,7 @@ def with_int4(repository: Repository, checkpoint_id: str, spec_file: SpecFile, l
 def export_with(repository: Repository, checkpoint_id: str, spec_file: SpecFile) -> Path:
     """Export a checkpoint, as it lies in the repository, under a spec that may have been made for another one."""
     from exporters.export import export_checkpoint
-    from personalq.identity import weights_sha256
+    from personalq.repository.identity import weights_sha256
 
     card = repository.card(checkpoint_id)
     sha256 = weights_sha256(repository.base_dir(card), repository.checkpoint_dir(card.id))

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from exporters.family import Family, open_family
+from exporters.graphs.family import Family, open_family
 from exporters.plain import row_layers, unquantised_spec
-from exporters.weights import open_weights
-from personalq.identity import weights_sha256
 from personalq.numerics import INT7, INT8, absmax_scale
 from personalq.repository import SHIPPED, Repository
+from personalq.repository.identity import weights_sha256
 from personalq.rows import KeptTokens
 from personalq.spec import LayerSpec, RowsSpec, SpecFile
+from personalq.weights.checkpoint import open_weights
 
 BASE, CHECKPOINTS = "base", ("first", "next")
 WEIGHTS = "model.safetensors"

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from bench.intervals import Interval, bootstrap
 from bench.quality import LARGEST_DB, export
 from personalq.numerics import psnr_db
-from runtime.engine import Engine, OrtEngine
-from runtime.pipeline import Picture, Pipeline, PromptRows
+from runtime.drawing.pipeline import Picture, Pipeline, PromptRows
+from runtime.engines.engine import Engine, OrtEngine
 
 Rows = npt.NDArray[np.float32]
 Patch = Callable[[str, Rows], Rows]

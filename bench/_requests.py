@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from personalq.card import Card, parse_card
-from personalq.checkin.build import build_index
-from personalq.checkin.encoder import Encoder, shared_encoder
-from personalq.checkin.features import Evidence, gather
-from personalq.checkin.index import Index
-from personalq.checkin.intent import parse_request
-from personalq.checkin.words import terms
+from personalq.cards.card import Card, parse_card
+from personalq.checkin.encoder.minilm import Encoder, shared_encoder
+from personalq.checkin.indexing.build import build_index
+from personalq.checkin.indexing.index import Index
+from personalq.checkin.language.intent import parse_request
+from personalq.checkin.language.words import terms
+from personalq.checkin.ranking.features import Evidence, gather
 
 DATA, REQUESTS, GALLERY = Path("tests/data"), Path("bench/requests"), Path("gallery/repository/checkpoints")
 PER_SUB = 12

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from personalq.checkin import Checkin, index
+from personalq.checkin import Checkin
+from personalq.checkin.indexing import index
 from personalq.repository import Repository
 
 from ._requests import read_data

@@ -60,7 +60,7 @@ def bundle_engine(name: str) -> Open:
     """The runtime's own engine on a bundle, bound as the pipeline binds it."""
 
     def opened(bundle: Path, batch: int, threads: int) -> Opened:
-        from runtime.engine import open_engine
+        from runtime.engines.engine import open_engine
 
         engine = open_engine(name, bundle, threads or None)
         manifest = engine.manifest
@@ -116,7 +116,7 @@ def torch_unet(dtype: str, is_compiled: bool) -> Open:
         import torch
         from diffusers import UNet2DConditionModel
 
-        from exporters.weights import open_weights
+        from personalq.weights.checkpoint import open_weights
 
         torch.set_num_threads(threads or torch.get_num_threads())
         root, manifest = bundle.parents[1], read_manifest(bundle)
@@ -181,7 +181,7 @@ def timed(name: str, bundle: Path, batch: int, steps: int, threads: int) -> dict
 
 def profile(bundle: Path, batch: int, threads: int) -> list[dict[str, Any]]:
     """What one step of ONNX Runtime spends on each kind of node: {op, nodes, milliseconds, multiply_adds}."""
-    from runtime.sessions import open_session
+    from runtime.engines.sessions import open_session
 
     with tempfile.TemporaryDirectory() as folder:
         session = open_session(bundle / "unet.ort.onnx", threads or None, profile=Path(folder) / "profile")

@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personalq.checkin import Checkin, Decision
-from personalq.checkin.bm25 import build_bm25
-from personalq.checkin.build import card_text, documents
-from personalq.checkin.composed import compose, token_rows
-from personalq.checkin.encoder import WIDTH, shared_encoder
-from personalq.checkin.rank import read_model
-from personalq.checkin.words import terms
+from personalq.checkin.encoder.composed import compose, token_rows
+from personalq.checkin.encoder.minilm import WIDTH, shared_encoder
+from personalq.checkin.indexing.bm25 import build_bm25
+from personalq.checkin.indexing.build import card_text, documents
+from personalq.checkin.language.words import terms
+from personalq.checkin.ranking.posterior import read_model
 from personalq.repository import Repository
 
 from ._requests import DATA, make_examples, read_data

@@ -33,12 +33,11 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.switch import loader, median, pinned, timed
-from personalq import audit
 from personalq.bundle import read_manifest
 from personalq.errors import RepositoryError
-from personalq.repository import Repository
-from runtime.memory import allocated_bytes
-from runtime.pipeline import Picture, Settings
+from personalq.repository import Repository, audit
+from runtime.drawing.pipeline import Picture, Settings
+from runtime.engines.memory import allocated_bytes
 from runtime.residency import GreedyDual
 from runtime.serving.worker import graph_bytes
 from runtime.store import Store

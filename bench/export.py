@@ -36,7 +36,7 @@ print(json.dumps({"bytes": made.bytes, "bytes_fp16": made.bytes_fp16, "bundle": 
 TRACE = """
 import json, sys
 from pathlib import Path
-from exporters.family import write_family
+from exporters.graphs.family import write_family
 from personalq.architecture import family_key, read_configs
 configs = read_configs(Path(sys.argv[1]))
 write_family(Path(sys.argv[2]), family_key(configs), configs)

@@ -1,6 +1,6 @@
-"""Fit the numbers of personalq/checkin/model.json on the dev set. Needs torch and scikit-learn; run by a builder.
+"""Fit the numbers of personalq/checkin/ranking/model.json on the dev set. Needs torch and scikit-learn; run by a builder.
 
-    python -m bench.fit_checkin [--out personalq/checkin/model.json]
+    python -m bench.fit_checkin [--out personalq/checkin/ranking/model.json]
 
 Fitted on the dev set and on the hand-written requests of bench/requests, over whole catalogues and random parts of
 them (bench/_requests.py). bench/ask.py reports what a model fitted without a request decides about it.
@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from personalq.checkin.features import NAMES, Evidence
-from personalq.checkin.rank import (
+from personalq.checkin.ranking.features import NAMES, Evidence
+from personalq.checkin.ranking.posterior import (
     RIVAL_NAMES,
     TRIGGER_SCORE,
     AskRule,
@@ -194,7 +194,7 @@ def decide(model: Model, evidence: Evidence) -> tuple[str, NDArray[np.float32]]:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("personalq/checkin/model.json"))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("personalq/checkin/ranking/model.json"))
 @click.option("--subs", default=40, help="random parts of the catalogues")
 @click.option("--made", default=200, help="requests made from cards")
 def main(out: Path, subs: int, made: int) -> None:

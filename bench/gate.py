@@ -57,7 +57,7 @@ class Bench:
 
 
 def weights_reader() -> Any:
-    from exporters.weights import open_weights
+    from personalq.weights.checkpoint import open_weights
 
     return open_weights
 

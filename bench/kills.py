@@ -24,7 +24,7 @@ from exporters.export import export_checkpoint
 from exporters.request import last_spec
 from personalq.bundle import check_files, manifest_bytes, read_manifest
 from personalq.repository import SHIPPED, Repository
-from personalq.sharing import NOTES, dangling
+from personalq.repository.sharing import NOTES, dangling
 
 
 def killed_export(repository: Repository, checkpoint: str, spec: Path, after_s: float) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench._patched import Patch, Patched, exact_pipeline, over_checkpoints, pooled
-from personalq.atomic import write_atomic
+from personalq.repository.atomic import write_atomic
 
 PLAIN = "a"  # the word in the trigger's places
 CLASSES = ("trigger", "class_noun", "after", "eos", "pad")
@@ -40,7 +40,7 @@ def without_trigger(ids: npt.NDArray[np.int64], classes: Sequence[str], plain: i
 
 def mixing(pipeline: Patched, plain: int, moved: tuple[str, ...], nouns: Sequence[Sequence[int]]) -> Patch:
     """Rows of the plain prompt, but those of the classes `moved`, which are the prompt's own."""
-    from calibration.text_rows import row_classes
+    from calibration.statistics.text_rows import row_classes
 
     manifest, tokenizer = pipeline.manifest, pipeline.tokenizer
     triggers = [tokenizer.token_ids(group) for group in manifest.checkpoint.trigger]

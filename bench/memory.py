@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from personalq.atomic import write_atomic
+from personalq.repository.atomic import write_atomic
 
 
 def calibrated(repo: Path, checkpoint_id: str, samples: int) -> dict[str, Any]:

@@ -24,8 +24,8 @@ import click
 import numpy as np
 
 from bench._quality_report import Row, differences, markdown, plot, table
-from personalq.atomic import write_atomic
 from personalq.numerics import psnr_db
+from personalq.repository.atomic import write_atomic
 
 LARGEST_DB = 60.0  # stands for "equal" in means
 
@@ -119,15 +119,15 @@ def export(repository: Any, checkpoint_id: str, policy: str, evidence: Any = Non
 
 def opened(bundle: Path) -> Any:
     """A pipeline over the bundle, one thread."""
-    from runtime.engine import OrtEngine
-    from runtime.pipeline import Pipeline
+    from runtime.drawing.pipeline import Pipeline
+    from runtime.engines.engine import OrtEngine
 
     return Pipeline(OrtEngine(bundle, threads=1))
 
 
 def draw(pipeline: Any, prompts: list[str], seeds: int) -> Iterator[np.ndarray]:
     """(seeds,H,W,3) uint8 pictures, prompt by prompt; the seeds of a prompt are one batch."""
-    from runtime.pipeline import Picture
+    from runtime.drawing.pipeline import Picture
 
     for prompt in prompts:
         steps = pipeline.denoise([Picture(prompt, seed=seed) for seed in range(seeds)])
@@ -147,7 +147,7 @@ class Point:
 
 def trajectory(pipeline: Any, prompts: list[str], every: int = 3) -> list[Point]:
     """Points of the FP32 pictures of these prompts (seed 0), every third step."""
-    from runtime.pipeline import Picture, start_noise
+    from runtime.drawing.pipeline import Picture, start_noise
 
     points = []
     for prompt in prompts:
@@ -170,7 +170,7 @@ def predict_at(pipeline: Any, prompt: str, latents: np.ndarray, timestep: float)
 
 def noise_error(pipeline: Any, points: list[Point]) -> list[float]:
     """Relative squared error of the guided prediction at these points, one number per time-step bin (late to early)."""
-    from calibration.statistics import N_TIME_BINS, time_bin
+    from calibration.statistics.ranges import N_TIME_BINS, time_bin
 
     bins: list[list[float]] = [[] for _ in range(N_TIME_BINS)]
     for point in points:

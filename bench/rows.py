@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bench._patched import Patch, exact_pipeline, nearness, over_checkpoints, pooled
-from personalq.atomic import write_atomic
 from personalq.bundle import Manifest
 from personalq.numerics import QType, absmax_scale, fake_quantize
+from personalq.repository.atomic import write_atomic
 from personalq.rows import KeptTokens, kept_positions
 from personalq.tokens import Tokenizer
 

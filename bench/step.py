@@ -85,7 +85,7 @@ def main(
 ) -> None:
     """Time one UNet step on every engine."""
     from exporters.export import export_checkpoint
-    from runtime.openvino_engine import device_name
+    from runtime.engines.openvino import device_name
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = (work or Path(temporary)) / arch

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import click
 
-from personalq.remote import Remote
 from personalq.repository import Repository
+from personalq.repository.remote import Remote
 from runtime.cache import take_cards
-from runtime.engine import open_engine
-from runtime.pipeline import Pipeline
+from runtime.drawing.pipeline import Pipeline
+from runtime.engines.engine import open_engine
 from runtime.store import open_store
 
 

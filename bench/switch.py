@@ -27,9 +27,9 @@ from onnxruntime import InferenceSession
 
 from personalq.bundle import read_manifest
 from personalq.repository import Repository
-from runtime.engine import open_engine
-from runtime.memory import draw_environment
-from runtime.pipeline import Pipeline
+from runtime.drawing.pipeline import Pipeline
+from runtime.engines.engine import open_engine
+from runtime.engines.memory import draw_environment
 from runtime.residency import GreedyDual, LeastRecent, Loaded, Ranking, Residency
 from runtime.serving.worker import graph_bytes, is_unchanged
 from runtime.store import Store

@@ -19,11 +19,11 @@ from typing import Any
 import click
 import onnx_ir as ir
 
-from exporters.build_settings import read_settings
-from exporters.build_tensorrt import GRAPH, graph_shapes
-from exporters.census import layer_kinds
-from exporters.engine_layers import from_aot, mismatches, table
+from exporters.graphs.census import layer_kinds
 from exporters.lint import lint_trt
+from exporters.targets.engine_layers import from_aot, mismatches, table
+from exporters.targets.settings import read_settings
+from exporters.targets.tensorrt import GRAPH, graph_shapes
 from personalq.bundle import read_manifest
 from personalq.repository import SHIPPED
 

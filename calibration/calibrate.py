@@ -9,24 +9,25 @@ from importlib.metadata import version
 from pathlib import Path
 
 from personalq.architecture import family_key, read_configs
-from personalq.atomic import write_atomic
-from personalq.card import Card, folder_name
+from personalq.cards.card import Card, folder_name
 from personalq.errors import SpecError
-from personalq.identity import sampling_defaults, weights_sha256
 from personalq.repository import Repository
+from personalq.repository.atomic import write_atomic
+from personalq.repository.identity import sampling_defaults, weights_sha256
 from personalq.rows import KeptTokens
 from personalq.spec import REFERENCE, LayerSpec, Provenance, RowsSpec, Spec, SpecFile
 
-from .conditioning import Pipe
 from .decide import Decisions, decide, rule_of
-from .evidence import Evidence, Recipe
-from .model import load_pipeline, quantisable_layers
+from .model.conditioning import Pipe
+from .model.independent import checked_against
+from .model.pipeline import load_pipeline, quantisable_layers
+from .model.reference import is_current, metadata_of, write_reference
 from .policies import Tokens
 from .prompts import calibration_prompts, prompts_sha256
-from .reference import is_current, write_reference
 from .report import report_html
-from .saved import NAME as STATISTICS
-from .statistics import LayerRanges
+from .statistics.evidence import Evidence, Recipe
+from .statistics.ranges import LayerRanges
+from .statistics.saved import NAME as STATISTICS
 
 FLOAT_POLICIES = {"fp32": "float32", "fp16": "float16"}
 ROW_BITS = (8, 4)
@@ -57,6 +58,7 @@ class CalibrateResult:
     spec_file: SpecFile
     kept_tokens: tuple[str, ...]
     layers: int
+    checked_against: str
     seconds: float
     peak_rss_bytes: int
 
@@ -84,26 +86,34 @@ def calibrate(
     if options.row_bits not in ROW_BITS:
         raise SpecError(f"row bits: must be one of {ROW_BITS}, got {options.row_bits}")
     card = repository.card(checkpoint_id)
+    folder = repository.root / "specs" / folder_name(card.id)
+    reference, sha256 = folder / REFERENCE, checkpoint_sha256(repository, card)
+    checked = ""
+    if not is_current(reference, sha256):
+        progress("comparing with diffusers' own loaders", 0.0)
+        checked = checked_against(repository, card)  # before ours is loaded: one pipeline in memory at a time
     progress("loading the checkpoint", 0.0)
     evidence = evidence or gather(repository, card, options, progress)
-    folder = repository.root / "specs" / folder_name(card.id)
-    reference = folder / REFERENCE
-    if not is_current(reference, evidence.checkpoint_sha256):
+    if checked:
         progress("running the FP32 reference", 0.0)
-        defaults = sampling_defaults(repository.base_dir(card))
-        write_reference(evidence.pipe, card, reference, **defaults, checkpoint_sha256=evidence.checkpoint_sha256)
-    spec_file, kept = build_spec(repository, card, evidence, options)
+        told = {"checkpoint_sha256": sha256, "checked_against": checked}
+        write_reference(evidence.pipe, card, reference, **sampling_defaults(repository.base_dir(card)), **told)
+    checked = metadata_of(reference).get("checked_against", "not recorded")
+    spec_file, kept = build_spec(repository, card, evidence, options, checked)
     path = spec_file.write(folder / f"{spec_file.spec.name}.json")
     if options.report is not None and options.policy not in FLOAT_POLICIES:
         write_atomic(options.report, report_html(evidence, spec_file.spec).encode())
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return CalibrateResult(path, spec_file, kept, len(spec_file.spec.layers), seconds, peak)
+    return CalibrateResult(path, spec_file, kept, len(spec_file.spec.layers), checked, seconds, peak)
 
 
 def build_spec(
-    repository: Repository, card: Card, evidence: Evidence, options: CalibrateOptions
+    repository: Repository, card: Card, evidence: Evidence, options: CalibrateOptions, checked: str
 ) -> tuple[SpecFile, tuple[str, ...]]:
-    """Decide every layer and row from the evidence (none is collected when the policy quantises nothing)."""
+    """Decide every layer and row from the evidence (none is collected when the policy quantises nothing).
+
+    checked: which independent loader has the same weights, for the spec's provenance.
+    """
     pipe = evidence.pipe
     layers_of_rows = tuple(layer.model_copy(update={"rest_bits": options.row_bits}) for layer in evidence.row_layers)
     if options.policy in FLOAT_POLICIES:
@@ -127,7 +137,7 @@ def build_spec(
         tuned=decisions.tuned,
         corrected=decisions.corrected,
         budget_bytes=options.budget_bytes,
-        provenance=provenance(evidence, options),
+        provenance=provenance(evidence, options, checked),
     )
     return SpecFile(spec, decisions.tensors), kept_words(rows.kept, pipe)
 
@@ -149,8 +159,12 @@ def gather(repository: Repository, card: Card, options: CalibrateOptions, progre
     guidance = sampling_defaults(repository.base_dir(card))["guidance"]
     recipe = Recipe(prompts, tokens.trigger, tokens.class_noun, options.steps, guidance, options.seed)
     folder = repository.root / "specs" / folder_name(card.id)
-    sha256 = weights_sha256(repository.base_dir(card), repository.checkpoint_dir(card.id))
-    return Evidence(pipe, recipe, progress, folder / STATISTICS, sha256)
+    return Evidence(pipe, recipe, progress, folder / STATISTICS, checkpoint_sha256(repository, card))
+
+
+def checkpoint_sha256(repository: Repository, card: Card) -> str:
+    """Hash of the base's and the checkpoint's weights."""
+    return weights_sha256(repository.base_dir(card), repository.checkpoint_dir(card.id))
 
 
 def float_layers(ranges: dict[str, LayerRanges], reason: str) -> dict[str, LayerSpec]:
@@ -180,7 +194,7 @@ def kept_words(kept: KeptTokens, pipe: Pipe) -> tuple[str, ...]:
     return tuple(words + (["<EOS>"] if kept.eos else []) + (["<PAD>"] if kept.pad else []))
 
 
-def provenance(evidence: Evidence, options: CalibrateOptions) -> Provenance:
+def provenance(evidence: Evidence, options: CalibrateOptions, checked: str) -> Provenance:
     prompts = list(evidence.recipe.prompts)
     return Provenance(
         checkpoint_sha256=evidence.checkpoint_sha256,
@@ -190,4 +204,5 @@ def provenance(evidence: Evidence, options: CalibrateOptions) -> Provenance:
         seeds=(options.seed,),
         versions={name: version(name) for name in ("torch", "diffusers", "transformers")},
         date=datetime.date.today().isoformat(),
+        reference={"checked_against": checked},
     )

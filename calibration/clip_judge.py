@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
-from personalq.card import folder_name
+from personalq.cards.card import folder_name
 from personalq.errors import RepositoryError
 
 Images = npt.NDArray[np.uint8]

@@ -11,14 +11,14 @@ from personalq.errors import SpecError
 from personalq.numerics import INT8, QTYPES, SMALLEST_SCALE, QType, absmax_scale, mse_scale, quantize
 from personalq.spec import LayerSpec
 
-from .adaround import adaround
-from .allocate import allocate
-from .balance import balanced_hessian, low_rank, shortcut, skip_channels, smooth
-from .evidence import LARGEST_HESSIAN, Evidence
-from .finish import correct, tune_decisions
-from .gptq import gptq
 from .policies import POLICIES, Rule, no_rows
-from .statistics import LayerRanges
+from .rounding.adaround import adaround
+from .rounding.allocate import allocate
+from .rounding.balance import balanced_hessian, low_rank, shortcut, skip_channels, smooth
+from .rounding.finish import correct, tune_decisions
+from .rounding.gptq import gptq
+from .statistics.evidence import LARGEST_HESSIAN, Evidence
+from .statistics.ranges import LayerRanges
 
 Tensors = dict[str, npt.NDArray[Any]]
 Array = npt.NDArray[np.float32]

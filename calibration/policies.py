@@ -11,8 +11,8 @@ import numpy as np
 
 from personalq.rows import KeptTokens
 
-from .statistics import EVEN, N_TIME_BINS
-from .text_rows import RowStatistics
+from .statistics.ranges import EVEN, N_TIME_BINS
+from .statistics.text_rows import RowStatistics
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Rule:
 
     rounding: 'nearest', 'gptq' or 'adaround' (below 8 bits); weighting: whose errors count, 'plain' or 'trigger' (pixels
     weighted by attention). balance: '', 'smooth' or 'shortcut'. time_weights: how much each time-step bin counts in the
-    ranges. low_rank: rank of a float branch by weight shape. tune, corrected, decoupled: see calibration.finish and decide.
+    ranges. low_rank: rank of a float branch by weight shape. tune, corrected, decoupled: see rounding.finish and decide.
     """
 
     source: str

@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 
-from personalq.card import Card, is_style
+from personalq.cards.card import Card, is_style
 
 SCENES = (
     "on the beach",

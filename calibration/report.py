@@ -10,9 +10,9 @@ import numpy as np
 
 from personalq.spec import Spec
 
-from .evidence import Evidence
-from .statistics import time_bin_gain_db
-from .text_rows import CLASSES
+from .statistics.evidence import Evidence
+from .statistics.ranges import time_bin_gain_db
+from .statistics.text_rows import CLASSES
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1d2430}"

@@ -12,7 +12,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from personalq.atomic import atomic_directory, settle
 from personalq.bundle import (
     MANIFEST,
     SPEC,
@@ -32,22 +31,24 @@ from personalq.bundle import (
     manifest_bytes,
     read_manifest,
 )
-from personalq.card import Card
+from personalq.cards.card import Card
 from personalq.errors import BundleError, SpecError
-from personalq.identity import sampling_defaults, settings_sha256, weights_sha256
 from personalq.repository import Repository
-from personalq.sharing import link_shared, note_shared
+from personalq.repository.atomic import atomic_directory, settle
+from personalq.repository.identity import sampling_defaults, settings_sha256, weights_sha256
+from personalq.repository.sharing import link_shared, note_shared
 from personalq.spec import REFERENCE, SpecFile, read_spec
+from personalq.weights.checkpoint import CheckpointWeights, ComponentWeights, open_weights
+from personalq.weights.embeddings import TOKEN_EMBEDDING
 
-from .family import Family, open_family
+from .external_data import Report, silent, write_graph
+from .graphs.family import Family, open_family
+from .graphs.lower_ort import STORAGE, Lowered, lower_unet, store_floats
+from .graphs.lower_trt import lower_unet_trt
+from .graphs.passes.rows import emit_storage_form
 from .lock import only_one
-from .lower_ort import STORAGE, Lowered, lower_unet, store_floats
-from .lower_trt import lower_unet_trt
-from .rows_pass import emit_storage_form
 from .share import write_sharing_graph
-from .store import Report, silent, write_graph
 from .tokenizer import write_tokenizers
-from .weights import CheckpointWeights, ComponentWeights, open_weights
 
 EXPORTER_VERSION = "5"
 
@@ -256,7 +257,7 @@ def checkpoint_entry(card: Card, sha256: str) -> CheckpointEntry:
 
 def fit_vocabulary(model: ir.Model, weights: ComponentWeights) -> None:
     """Give the token embedding the checkpoint's number of rows (Textual Inversion adds some)."""
-    name = next(name for name in model.graph.initializers if name.endswith("embeddings.token_embedding.weight"))
+    name = next(name for name in model.graph.initializers if name.endswith(TOKEN_EMBEDDING))
     model.graph.initializers[name].shape = ir.Shape(weights.shape(name))
 
 

@@ -4,8 +4,8 @@ from personalq.errors import SpecError
 from personalq.rows import KeptTokens, RowLayer, pack_layers
 from personalq.spec import LayerSpec, Provenance, RowsSpec, Spec, SpecFile
 
-from .family import Family
-from .layers_pass import find_layers, split_gemms
+from .graphs.family import Family
+from .graphs.passes.layers import find_layers, split_gemms
 
 STORAGES = {"fp32": "float32", "fp16": "float16"}
 

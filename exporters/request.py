@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from personalq.architecture import family_key, read_configs
-from personalq.card import folder_name
+from personalq.cards.card import folder_name
 from personalq.errors import EngineError, SpecError
-from personalq.identity import weights_sha256
 from personalq.repository import Repository
+from personalq.repository.identity import weights_sha256
 from personalq.spec import read_spec
 
-from .build_settings import read_settings
-from .build_tensorrt import GRAPH, MODULES, build_plan, require
 from .export import ExportResult, export_checkpoint
-from .family import open_family
+from .external_data import Report, silent
+from .graphs.family import open_family
 from .lint import lint_trt
-from .optimum import OptimumResult, refuse_existing, write_optimum
 from .plain import STORAGES, unquantised_spec
-from .store import Report, silent
+from .targets.optimum import OptimumResult, refuse_existing, write_optimum
+from .targets.settings import read_settings
+from .targets.tensorrt import GRAPH, MODULES, build_plan, require
 
 logger = logging.getLogger("personalq.exporters")
 
@@ -41,7 +41,7 @@ def export_request(
     """Export one checkpoint, and build its plans; `spec` None takes the one that was calibrated last.
 
     spec 'fp16' or 'fp32' needs no calibration.
-    settings: 'KEY=VALUE' of a TensorRT engine (exporters.build_settings). Raises EngineError for a target that cannot be
+    settings: 'KEY=VALUE' of a TensorRT engine (exporters.targets.settings). Raises EngineError for a target that cannot be
     made here, before anything is written, and what `export_checkpoint` and `build_plan` raise.
     """
     chosen = read_settings(settings)

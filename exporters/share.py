@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from .store import Array, StoredTensor, forget_shapes
+from .external_data import Array, StoredTensor, forget_shapes
 
 
 def write_sharing_graph(

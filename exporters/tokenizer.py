@@ -6,8 +6,7 @@ from typing import Any
 
 from personalq.bundle import Text
 from personalq.errors import RepositoryError
-
-from .weights import CheckpointWeights
+from personalq.weights.checkpoint import CheckpointWeights
 
 
 def write_tokenizers(base_dir: Path, weights: CheckpointWeights, folder: Path) -> Text:

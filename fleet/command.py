@@ -111,7 +111,7 @@ def _one(repository: "Repository", id_: str, **options: Any) -> Result:
         return Result(*lint_result(made))
     published: dict[str, str] = {}
     if options["store"]:
-        from personalq.remote import Remote
+        from personalq.repository.remote import Remote
 
         Remote(options["store"]).publish(made.bundle, repository.card(id_))
         published = {"store": options["store"]}
@@ -136,7 +136,7 @@ def _triton(bundle: Path, place: Path | None) -> dict[str, list[str]]:
     """The models that were written, when a Triton model repository was named."""
     if place is None:
         return {}
-    from exporters.triton import write_triton
+    from exporters.targets.triton import write_triton
 
     return {"triton": write_triton(bundle, place)}
 

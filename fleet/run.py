@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from exporters.family import family_folder, is_traced
+from exporters.graphs.family import family_folder, is_traced
 from personalq.bundle import read_manifest
 from personalq.errors import PersonalQError
 from personalq.repository import Repository
-from personalq.sharing import SMALLEST, link_shared
+from personalq.repository.sharing import SMALLEST, link_shared
 
 from .work import Outcome, Task, Work
 

@@ -5,8 +5,8 @@ import sys
 import threading
 
 from personalq.errors import FleetError
-from personalq.remote import Remote
 from personalq.repository import Repository
+from personalq.repository.remote import Remote
 from runtime.cache import take_cards
 from runtime.serving.options import MEGABYTE, ServeOptions
 

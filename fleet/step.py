@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from exporters.family import open_family
+from exporters.graphs.family import open_family
 from exporters.plain import STORAGES
 from exporters.request import export_request, is_current, last_spec, reference_spec
 from personalq.bundle import read_manifest
-from personalq.card import folder_name
+from personalq.cards.card import folder_name
 from personalq.errors import PersonalQError, SpecError
-from personalq.remote import Remote
 from personalq.repository import Repository
+from personalq.repository.remote import Remote
 
 from .verified import is_verified, verified_level, verify
 from .work import DEFAULT_SPEC, NOT_VERIFIED, Outcome, Task, Work

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from exporters.weights import open_weights
-from personalq.atomic import write_atomic
 from personalq.bundle import MANIFEST, file_sha256
 from personalq.errors import ParityError
 from personalq.goldens import GOLDEN
 from personalq.repository import Repository
+from personalq.repository.atomic import write_atomic
+from personalq.weights.checkpoint import open_weights
 from runtime.gate import LEVELS, Options, run_gate
 from runtime.gate.request import sources_of
 

@@ -21,8 +21,8 @@ def run(out_dir: Path, repository: Repository, progress: Progress = lambda text,
     Returns the keys of `personalq demo --json`. Raises PersonalQError, one line, on whatever is missing.
     """
     from personalq.checkin import ask
-    from runtime.image import side_by_side, write_png
-    from runtime.pipeline import Pipeline
+    from runtime.drawing.image import side_by_side, write_png
+    from runtime.drawing.pipeline import Pipeline
 
     started = time.perf_counter()
     progress("asking Check-in", 0.0)
@@ -37,7 +37,7 @@ def run(out_dir: Path, repository: Repository, progress: Progress = lambda text,
     pictures, step_seconds = {}, {}
     for name, folder in (("reference", reference), ("image", bundle)):
         progress(f"drawing the {name}", 0.8 if name == "reference" else 0.9)
-        from runtime.engine import OrtEngine
+        from runtime.engines.engine import OrtEngine
 
         pipeline, begun = Pipeline(OrtEngine(folder)), time.perf_counter()
         pictures[name] = pipeline.image(prompt, seed=SEED)

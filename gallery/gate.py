@@ -47,7 +47,7 @@ def export_gated(repository: Repository, name: str, *, calibrated: bool) -> Path
 
 
 def weights_reader() -> Any:
-    from exporters.weights import open_weights
+    from personalq.weights.checkpoint import open_weights
 
     return open_weights
 

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import CLIPTextModel
 
-from calibration.precision import autocast
+from calibration.model.precision import autocast
 
 from .concepts import CONCEPTS, TAUGHT, Entry, concept_caption, reference_pairs
 from .deltas import SAVERS, Taught

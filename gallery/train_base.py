@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from calibration.precision import autocast
+from calibration.model.precision import autocast
 
 from .record import BASE, WORK, readable, record_stage
 from .tokens import build_tokenizer, save_tokenizer

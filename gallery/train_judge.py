@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional as F
 
-from calibration.precision import autocast
+from calibration.model.precision import autocast
 
 from .judge import HEADS, Judge
 from .record import JUDGES, WORK, record_stage

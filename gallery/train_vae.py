@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
-from calibration.precision import autocast
+from calibration.model.precision import autocast
 
 from .record import WORK, record_stage
 from .workers import Clock, average_, run_workers

@@ -11,14 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .card import Card as Card
+    from .cards.card import Card as Card
     from .checkin import Decision as Decision
     from .checkin import ask as ask
     from .repository import Repository as Repository
 
 __all__ = ["Card", "Decision", "PersonalQError", "Repository", "ask", "open"]
 _HOME = {
-    "Card": ".card",
+    "Card": ".cards.card",
     "Decision": ".checkin",
     "Repository": ".repository",
     "ask": ".checkin",

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.numpy import load, save
 
-from .atomic import write_atomic
 from .errors import SpecError
+from .repository.atomic import write_atomic
 from .rows import KeptTokens, RowLayer
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -59,8 +59,14 @@ class RowsSpec(Frozen):
     reasons: dict[str, str] = {}
 
 
+_NOT_DECIDED: Any = {"name": True, "provenance": {"date", "notes", "versions", "reference"}}
+
+
 class Provenance(Frozen):
-    """What produced the spec; enough to produce it again."""
+    """What produced the spec; enough to produce it again.
+
+    reference: about the FP32 weights themselves; `checked_against` says which independent loader arrived at the same.
+    """
 
     checkpoint_sha256: str = ""
     prompts_sha256: str = ""
@@ -70,6 +76,7 @@ class Provenance(Frozen):
     versions: dict[str, str] = {}
     date: str = ""
     notes: dict[str, Any] = {}
+    reference: dict[str, str] = {}
 
 
 class Spec(Frozen):
@@ -115,7 +122,7 @@ class SpecFile:
 
     def content_sha256(self) -> str:
         """Hash of every decision: the JSON (date and name left out) and the tensors. Part of a bundle's key."""
-        content = self.spec.model_dump(mode="json", exclude={"name": True, "provenance": {"date", "notes", "versions"}})
+        content = self.spec.model_dump(mode="json", exclude=_NOT_DECIDED)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def write(self, path: Path) -> Path:

@@ -7,23 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine import Engine, OrtEngine, open_engine
+    from .drawing.image import side_by_side, write_png
+    from .drawing.pipeline import Picture, Pipeline, Settings, Step, start_noise
+    from .engines.engine import Engine, OrtEngine, open_engine
     from .gate import Check, Report, verify_bundle
-    from .image import side_by_side, write_png
-    from .pipeline import Picture, Pipeline, Settings, Step, start_noise
     from .store import Found, Store, find
 
 _HOME = {
-    "Engine": "engine",
-    "OrtEngine": "engine",
-    "open_engine": "engine",
-    "side_by_side": "image",
-    "write_png": "image",
-    "Picture": "pipeline",
-    "Pipeline": "pipeline",
-    "Settings": "pipeline",
-    "Step": "pipeline",
-    "start_noise": "pipeline",
+    "Engine": "engines.engine",
+    "OrtEngine": "engines.engine",
+    "open_engine": "engines.engine",
+    "side_by_side": "drawing.image",
+    "write_png": "drawing.image",
+    "Picture": "drawing.pipeline",
+    "Pipeline": "drawing.pipeline",
+    "Settings": "drawing.pipeline",
+    "Step": "drawing.pipeline",
+    "start_noise": "drawing.pipeline",
     "Found": "store",
     "Store": "store",
     "find": "store",

@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from personalq.atomic import remove, temporary_beside
 from personalq.bundle import MANIFEST, Manifest, read_manifest
 from personalq.errors import EngineError, PersonalQError, RepositoryError
-from personalq.remote import Remote, is_there
 from personalq.repository import Repository
-from personalq.sharing import forget_dangling, note_shared, shared_file
+from personalq.repository.atomic import remove, temporary_beside
+from personalq.repository.remote import Remote, is_there
+from personalq.repository.sharing import forget_dangling, note_shared, shared_file
 
 logger = logging.getLogger("personalq.runtime")
 CACHE, USED = "cache", "used"

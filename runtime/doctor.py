@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .sessions import has_int8_dot_product
+from .engines.sessions import has_int8_dot_product
 from .targets import TARGETS, missing
 
 # Package -> the extra that installs it, for what runs or makes bundles.

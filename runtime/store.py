@@ -10,7 +10,7 @@ from pathlib import Path
 
 from personalq.bundle import MANIFEST, Manifest, read_manifest
 from personalq.errors import EngineError
-from personalq.remote import Remote
+from personalq.repository.remote import Remote
 
 from .cache import CACHE, BundleCache
 from .targets import FALLBACK, TARGETS, TITLES, misfit, missing

@@ -26,7 +26,7 @@ def misfit(bundle: Path, target: str) -> str:
     """Why a bundle has nothing for this target that runs here; '' when it has, or none is needed."""
     if target not in NEEDS_PLAN:
         return ""
-    from .tensorrt_engine import fits_here
+    from .engines.tensorrt import fits_here
 
     return fits_here(bundle, target)
 

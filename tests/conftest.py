@@ -17,7 +17,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 # what the ones after it wait for.
 LONG = (
     "tests/test_path.py",
-    "tests/exporters/test_families.py",
+    "tests/exporters/graphs/test_families.py",
     "tests/runtime/serving/test_on_ray.py",
     "tests/fleet/",
 )

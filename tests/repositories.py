@@ -19,7 +19,7 @@ def shared_traces(temporary: Path) -> Path:
 
 def add_family(root: Path, base: str, traces: Path) -> None:
     """Give the repository its base's family, traced by this run or by none before."""
-    from exporters.family import open_family
+    from exporters.graphs.family import open_family
 
     found = open_family(traces, root / "bases" / base).folder
     shutil.copytree(found, root / "families" / found.name)

@@ -102,7 +102,7 @@ def test_drawing_a_picture_leaves_torch_out_of_the_process(repository, demo, tmp
 import sys
 from pathlib import Path
 from personalq.repository import Repository
-from runtime.generate import Order, generate
+from runtime.drawing.generate import Order, generate
 
 repository = Repository.open(Path(sys.argv[1]))
 generate(repository, "a photo of sks dog on the beach", Path(sys.argv[2]), Order(checkpoint="biscuit-the-dog"))

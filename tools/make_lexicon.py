@@ -1,7 +1,7 @@
-"""Make personalq/checkin/lexicon.tsv from Unicode CLDR's emoji names and keywords. Run by a builder, once per CLDR.
+"""Make personalq/checkin/language/lexicon.tsv from Unicode CLDR's emoji names and keywords. Run by a builder, once per CLDR.
 
     npm pack cldr-annotations-full@48.2.0 && tar xzf cldr-annotations-full-48.2.0.tgz
-    python tools/make_lexicon.py package/annotations personalq/checkin/lexicon.tsv
+    python tools/make_lexicon.py package/annotations personalq/checkin/language/lexicon.tsv
 
 An emoji is a concept that people of every language have named: a foreign name means the English name that is used for
 the same emoji, scored by Dice = 2 |A and B| / (|A| + |B|) over the emoji that carry them. Unicode-3.0 licence.

@@ -1,4 +1,4 @@
-"""Trace the families that PersonalQ ships, exporters/families/: the architectures that nobody should have to wait for.
+"""Trace the families that PersonalQ ships, exporters/graphs/families/: the architectures that nobody should have to wait for.
 
     python tools/trace_families.py                    trace each of them again: after the tracing recipe changed
     python tools/trace_families.py --check [KEY]...   write nothing; exit 1 when a graph is not what is traced now
@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout
 
-from exporters.family import NOTE, SHIPPED, TRACERS, family_name, write_family
+from exporters.graphs.family import NOTE, SHIPPED, TRACERS, family_name, write_family
 from personalq.architecture import family_key, read_configs
 
 Configs = dict[str, dict[str, Any]]

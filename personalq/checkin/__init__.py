@@ -14,8 +14,8 @@ from typing import Any
 from ..repository import Repository
 from .decision import Candidate, Decision
 from .dialogue import Checkin, write_index
-from .encoder import shared_encoder
-from .judge import Judge, judge_at
+from .encoder.minilm import shared_encoder
+from .ranking.judge import Judge, judge_at
 
 __all__ = ["Asker", "Candidate", "Checkin", "Decision", "IndexReport", "Judge", "ask", "index", "judge_at"]
 

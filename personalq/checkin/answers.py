@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..card import Card
-from .features import NAMES, Evidence
-from .request_terms import Matrix
-from .words import fold, words
+from ..cards.card import Card
+from .language.request_terms import Matrix
+from .language.words import fold, words
+from .ranking.features import NAMES, Evidence
 
 _NONE = re.compile(
     r"^\W*(?:no|none|neither|nope|nothing|none of (?:them|these|those)|not (?:any|one) of (?:them|these))\W*$",

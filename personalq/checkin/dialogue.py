@@ -12,21 +12,21 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ..atomic import atomic_directory
-from ..card import Card
+from ..cards.card import Card
 from ..errors import CheckinError, RepositoryError
 from ..repository import Repository
+from ..repository.atomic import atomic_directory
 from .answers import answer_scores, chosen_option, named_card, says_none, with_digits
-from .build import build_index, plain
 from .decision import Candidate, Decision
-from .encoder import Encoder, shared_encoder
+from .encoder.minilm import Encoder, shared_encoder
 from .explain import MAX_OPTIONS, explained_words, option_order, option_texts, question, reasons
-from .features import Evidence, gather
-from .index import Index, load_index, save_index
-from .judge import MAX_CANDIDATES, Judge, Judgement
-from .rank import Model, fits_nothing, posterior, rivals, scores, shipped_model, with_judgement
+from .indexing.build import build_index, plain
+from .indexing.index import Index, load_index, save_index
+from .indexing.stored import StoredCards, store_cards
+from .ranking.features import Evidence, gather
+from .ranking.judge import MAX_CANDIDATES, Judge, Judgement
+from .ranking.posterior import Model, fits_nothing, posterior, rivals, scores, shipped_model, with_judgement
 from .rewrite import rewrite
-from .stored import StoredCards, store_cards
 
 MAX_QUESTIONS = 2
 MAX_ANSWERS = 8

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ..card import Card
-from .features import NAMES, Evidence
-from .index import FIELDS
-from .words import fold, terms
+from ..cards.card import Card
+from .indexing.index import FIELDS
+from .language.words import fold, terms
+from .ranking.features import NAMES, Evidence
 
 MAX_OPTIONS = 4
 _SHOWN = 0.5

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Set
 
-from ..card import Card, is_style
-from .intent import Intent, parse_request, split_medium, style_parts
-from .words import STOP, fold, stem, terms, words
+from ..cards.card import Card, is_style
+from .language.intent import Intent, parse_request, split_medium, style_parts
+from .language.words import STOP, fold, stem, terms, words
 
 _WORD = re.compile(r"[^\W_]+(?:[-'\u2019][^\W_]+)*")
 _SAME = re.compile(

@@ -19,9 +19,9 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from personalq.atomic import write_atomic
 from personalq.bundle import Manifest
 from personalq.errors import BundleError
+from personalq.repository.atomic import write_atomic
 from personalq.spec import Spec
 
 from .check import Check, none_of

@@ -10,14 +10,15 @@ import numpy as np
 from personalq.bundle import read_manifest
 from personalq.errors import PersonalQError
 
-from ..sessions import one_line
-from . import LEVELS, integrity, kernels, numerics, obedience
+from ..engines.sessions import one_line
+from . import LEVELS
 from . import baseline as baselines
 from .check import Check, Pictures, Report, failed, headline, reason_of
+from .levels import integrity, kernels, numerics, obedience
+from .levels.pictures import images
+from .levels.targets import cross_target
 from .localise import BLAMED, localise
-from .pictures import images
 from .subject import Sources, Subject
-from .targets import cross_target
 
 NUDGE = np.float32(2.0**-20)  # relative: what another order of float additions does to a number, about
 NOISY_RUNS = 2

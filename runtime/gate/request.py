@@ -6,11 +6,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from personalq.atomic import write_atomic
 from personalq.bundle import read_manifest
 from personalq.errors import BundleError, PersonalQError
-from personalq.identity import weights_sha256
 from personalq.repository import Repository
+from personalq.repository.atomic import write_atomic
+from personalq.repository.identity import weights_sha256
 
 from ..store import REFERENCE_POLICIES, Store, find
 from .baseline import default_file

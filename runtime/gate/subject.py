@@ -16,10 +16,10 @@ from personalq.goldens import GOLDEN, POOLED, TENSORS, VERSION
 from personalq.rows import find_sequence
 from personalq.spec import SpecFile, read_spec
 
-from ..engine import Conditioning, OrtEngine, TextEmbeds, unet_feed, unet_file
-from ..onnxfile import Graph, read_graph
-from ..pipeline import Pipeline, PromptRows
-from .limits import LIMITS, precision
+from ..drawing.pipeline import Pipeline, PromptRows
+from ..engines.engine import Conditioning, OrtEngine, TextEmbeds, unet_feed, unet_file
+from ..engines.onnxfile import Graph, read_graph
+from .levels.limits import LIMITS, precision
 
 Float = npt.NDArray[np.float32]
 

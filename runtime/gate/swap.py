@@ -14,10 +14,10 @@ import numpy.typing as npt
 from personalq.bundle import inside
 from personalq.numerics import snr_db
 
-from ..engine import unet_file
-from ..onnxfile import Array, Edited
-from ..sessions import open_session
-from .obedience import LayerInGraph
+from ..engines.engine import unet_file
+from ..engines.onnxfile import Array, Edited
+from ..engines.sessions import open_session
+from .levels.obedience import LayerInGraph
 from .subject import Subject
 
 LARGEST_MODEL = 1_500_000_000  # bytes; protobuf ends at 2 GB

@@ -16,10 +16,10 @@ from personalq.errors import BundleError
 from personalq.goldens import BLOCK_SAMPLES, LAYER_SAMPLES, sample_positions
 from personalq.rows import RowLayer
 
-from ..engine import unet_file
-from ..onnxfile import Edited, Graph, Node
-from ..sessions import Session, open_session
-from .obedience import LayerInGraph
+from ..engines.engine import unet_file
+from ..engines.onnxfile import Edited, Graph, Node
+from ..engines.sessions import Session, open_session
+from .levels.obedience import LayerInGraph
 from .subject import Subject
 
 Float = npt.NDArray[np.float32]

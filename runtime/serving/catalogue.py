@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from personalq.card import Card
+from personalq.cards.card import Card
 from personalq.errors import PersonalQError
 
 from .api import ApiError, Json

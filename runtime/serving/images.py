@@ -16,8 +16,8 @@ from personalq.checkin.rewrite import prompt_for
 from personalq.errors import CardError, CheckinError, EngineError, PersonalQError, RepositoryError
 from personalq.repository import Repository
 
-from ..pipeline import Settings
-from ..samplers import sampler_named
+from ..drawing.pipeline import Settings
+from ..drawing.samplers import sampler_named
 from ..store import open_store
 from .api import ApiError, ImageRequest, Json, check_length, check_limits, image_event
 from .metrics import Metrics

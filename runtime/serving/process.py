@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from ..memory import draw_environment
+from ..engines.memory import draw_environment
 from .messages import HEAD, Message, pack, sizes
 from .options import DrawOptions
 

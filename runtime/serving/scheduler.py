@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from personalq.errors import EngineError, PersonalQError
 
-from ..image import png_bytes
-from ..pipeline import Picture, Pipeline, Settings, Step
+from ..drawing.image import png_bytes
+from ..drawing.pipeline import Picture, Pipeline, Settings, Step
 from ..residency import Residency
 from .messages import Message
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import uvicorn
 
-from personalq.remote import Remote
 from personalq.repository import Repository
+from personalq.repository.remote import Remote
 
 from ..cache import take_cards
 from .app import create_app

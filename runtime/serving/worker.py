@@ -19,11 +19,11 @@ from typing import Any, BinaryIO
 from personalq.bundle import Manifest
 from personalq.errors import PersonalQError
 
-from ..engine import open_engine
-from ..memory import allocated_bytes, memory_bytes
-from ..pipeline import Picture, Pipeline, Settings
+from ..drawing.pipeline import Picture, Pipeline, Settings
+from ..engines.engine import open_engine
+from ..engines.memory import allocated_bytes, memory_bytes
+from ..engines.sessions import is_shared, shared_bytes
 from ..residency import Loaded, Residency
-from ..sessions import is_shared, shared_bytes
 from ..store import open_store
 from .messages import Message, pack, read
 from .options import MEGABYTE, DrawOptions

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from calibration.calibrate import CalibrateOptions, calibrate
-from calibration.model import load_pipeline, quantisable_layers
+from calibration.model.pipeline import load_pipeline, quantisable_layers
 from calibration.prompts import calibration_prompts, subject_of
-from calibration.statistics import Observer, time_bin
-from personalq.card import Card
+from calibration.statistics.ranges import Observer, time_bin
+from personalq.cards.card import Card
 from personalq.errors import RepositoryError, SpecError
 from personalq.spec import read_spec
 

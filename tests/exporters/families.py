@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from exporters.export import export_checkpoint
-from exporters.family import Family, open_family
+from exporters.graphs.family import Family, open_family
 from exporters.plain import unquantised_spec
-from personalq.identity import weights_sha256
 from personalq.numerics import INT8, absmax_scale
 from personalq.repository import Repository
+from personalq.repository.identity import weights_sha256
 from personalq.rows import KeptTokens
 from personalq.spec import LayerSpec, SpecFile
-from runtime.engine import OrtEngine
-from runtime.pipeline import Pipeline
+from runtime.drawing.pipeline import Pipeline
+from runtime.engines.engine import OrtEngine
 from tests.exporters import architectures
 from tests.repositories import add_family
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from bench.trt import TOOL, compile_graph
-from exporters.build_settings import Shapes
-from exporters.census import spec_kinds
-from exporters.engine_layers import from_aot, mismatches, table
+from exporters.graphs.census import spec_kinds
+from exporters.targets.engine_layers import from_aot, mismatches, table
+from exporters.targets.settings import Shapes
 from personalq.spec import SpecFile
 
 

@@ -16,12 +16,12 @@ import pytest
 from onnx import numpy_helper
 
 from exporters.export import export_checkpoint
-from exporters.weights import open_weights
 from personalq.bundle import check_files, read_manifest
 from personalq.errors import SpecError
 from personalq.numerics import INT8, quantize
 from personalq.repository import Repository
 from personalq.spec import read_spec
+from personalq.weights.checkpoint import open_weights
 from runtime.gate import verify_bundle
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from torch import nn
 
 from personalq.numerics import INT8, QTYPES, absmax_scale, cosine, fake_quantize, quantize
 from personalq.spec import SpecFile, read_spec
-from runtime.engine import OrtEngine
+from runtime.engines.engine import OrtEngine
 
 POLICIES = [
     "q-diffusion-w4a8",
@@ -66,8 +66,8 @@ def reference_prediction(
     repository: Any, file: SpecFile, sample: Any, timestep: float, rows: Any, *added: Any
 ) -> np.ndarray:
     """The spec's prediction, from its checkpoint's FP32 weights and the bundle's rows; SDXL: text_embeds, time_ids too."""
-    from calibration.model import load_pipeline, quantisable_layers
-    from exporters.trace import UNetFromRows
+    from calibration.model.pipeline import load_pipeline, quantisable_layers
+    from exporters.graphs.trace import UNetFromRows
 
     unet = load_pipeline(repository, repository.card(file.spec.checkpoint)).unet
     parameters = dict(unet.named_parameters())
@@ -89,8 +89,8 @@ def reference_prediction(
 
 def fp32_prediction(repository: Any, sample: Any, timestep: float, rows: Any) -> np.ndarray:
     """What the checkpoint itself predicts from these rows."""
-    from calibration.model import load_pipeline
-    from exporters.trace import UNetFromRows
+    from calibration.model.pipeline import load_pipeline
+    from exporters.graphs.trace import UNetFromRows
 
     unet = UNetFromRows(load_pipeline(repository, repository.card("rex")).unet)
     with torch.no_grad():
@@ -99,8 +99,8 @@ def fp32_prediction(repository: Any, sample: Any, timestep: float, rows: Any) ->
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_onnx_runtime_computes_what_the_spec_says(exported, name, monkeypatch):
-    from calibration import adaround, tune
     from calibration.calibrate import CalibrateOptions, calibrate
+    from calibration.rounding import adaround, tune
     from exporters.export import export_checkpoint
 
     monkeypatch.setattr(tune, "STEPS", 4)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from exporters.build_tensorrt import require
 from exporters.request import export_request, is_current, last_spec, reference_spec
+from exporters.targets.tensorrt import require
 from personalq.errors import EngineError, PersonalQError, SpecError
 from personalq.repository import Repository
 from personalq.spec import SpecFile, read_spec

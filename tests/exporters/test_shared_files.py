@@ -12,13 +12,13 @@ import onnx_ir as ir
 import pytest
 
 from exporters.export import export_checkpoint
+from exporters.external_data import PIECE, StoredTensor, as_float, write_graph
 from exporters.lock import only_one
 from exporters.request import last_spec
-from exporters.store import PIECE, StoredTensor, as_float, write_graph
-from exporters.tensorfile import RESIDENT, TensorFile
 from personalq.bundle import check_files, file_sha256, read_manifest
 from personalq.repository import Repository
-from personalq.sharing import NOTES, SMALLEST, dangling, forget_dangling, link_shared, note_shared
+from personalq.repository.sharing import NOTES, SMALLEST, dangling, forget_dangling, link_shared, note_shared
+from personalq.weights.tensorfile import RESIDENT, TensorFile
 
 ROOT = Path(__file__).parents[2]
 

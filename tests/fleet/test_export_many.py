@@ -23,9 +23,9 @@ from fleet.step import run_task
 from fleet.verified import NOTE, verified_level
 from fleet.work import Outcome, Task, Work, read_ids, spec_name
 from personalq.errors import SpecError
-from personalq.remote import Remote
 from personalq.repository import Repository
-from personalq.sharing import SMALLEST
+from personalq.repository.remote import Remote
+from personalq.repository.sharing import SMALLEST
 from tests.fleet.many import NAMES, content, fresh_copy
 
 

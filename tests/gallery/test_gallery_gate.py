@@ -3,8 +3,8 @@
 import pytest
 
 from gallery.gate import BASELINES, FOLDER, GATED, HERE, SPEC
-from personalq.identity import weights_sha256
 from personalq.repository import Repository
+from personalq.repository.identity import weights_sha256
 from personalq.spec import read_spec
 from runtime.gate.baseline import decisions, read_baselines
 

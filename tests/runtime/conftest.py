@@ -269,9 +269,9 @@ def write_golden(folder: Path, reference: Path) -> None:
     from safetensors.numpy import save_file
 
     from personalq.bundle import read_manifest
-    from runtime.engine import OrtEngine
-    from runtime.pipeline import Pipeline, start_noise
-    from runtime.samplers import SAMPLERS, Trail, plan_steps, predict
+    from runtime.drawing.pipeline import Pipeline, start_noise
+    from runtime.drawing.samplers import SAMPLERS, Trail, plan_steps, predict
+    from runtime.engines.engine import OrtEngine
 
     engine = OrtEngine(reference, threads=1)
     pipeline = Pipeline(engine)
@@ -325,9 +325,9 @@ def write_golden(folder: Path, reference: Path) -> None:
 
 def inner_outputs(reference: Path, rows: np.ndarray, times: np.ndarray, sample: np.ndarray) -> dict[str, np.ndarray]:
     """Samples of what the unquantised graph computes inside, for golden inputs."""
+    from runtime.engines.onnxfile import read_graph
+    from runtime.engines.sessions import open_session
     from runtime.gate.taps import find_taps, tapped
-    from runtime.onnxfile import read_graph
-    from runtime.sessions import open_session
 
     graph = read_graph(reference / "unet.ort.onnx")
     taps = find_taps(graph, list(SIZES), [BLOCK], tuple(LAYERS))

@@ -22,7 +22,7 @@ _MAJOR = 75  # cudaDevAttrComputeCapabilityMajor
 
 
 class HostCuda:
-    """The calls of the CUDA runtime that runtime.cuda makes; each returns 0 as CUDA does."""
+    """The calls of the CUDA runtime that runtime.engines.cuda makes; each returns 0 as CUDA does."""
 
     def __init__(self) -> None:
         self.launches = 0

@@ -20,10 +20,10 @@ from personalq.bundle import (
     manifest_bytes,
     read_manifest,
 )
-from personalq.card import Card
+from personalq.cards.card import Card
 from personalq.errors import BundleError, EngineError, FleetError, MissingExtraError
-from personalq.remote import Remote
 from personalq.repository import Repository
+from personalq.repository.remote import Remote
 from runtime.cache import BundleCache, take_cards
 from runtime.store import Store, open_store
 from tests.s3_server import BUCKET, s3_environment, s3_server
@@ -227,7 +227,7 @@ def test_cards_of_a_store_are_taken_in_once_and_broken_ones_left_out(
 def test_what_does_not_answer_is_one_line_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in s3_environment("http://127.0.0.1:9").items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("personalq.remote._RETRIES", {"max_retries": 0})
+    monkeypatch.setattr("personalq.repository.remote._RETRIES", {"max_retries": 0})
     with pytest.raises(FleetError, match=r"^s3://nothing: must be a store that answers, got '.*'; check URL") as caught:
         Remote("s3://nothing").ids()
     assert "secret-of-the-test" not in str(caught.value) and "\n" not in str(caught.value)
@@ -242,7 +242,8 @@ def test_a_publisher_that_is_killed_leaves_nothing_that_a_reader_sees(make_bundl
     bundle = make(tmp_path / "repo", make_bundle, "dog")
     url = f"file://{tmp_path}/store"
     code = (
-        "import os, sys; from pathlib import Path; from personalq.remote import Remote; from personalq.card import Card;"
+        "import os, sys; from pathlib import Path; from personalq.cards.card import Card;"
+        "from personalq.repository.remote import Remote;"
         "remote = Remote(sys.argv[2]); put = remote._put_file; seen = [];"
         "remote._put_file = lambda *a: (put(*a), seen.append(1), len(seen) > 2 and os.kill(os.getpid(), 9));"
         "remote.publish(Path(sys.argv[1]), Card(id='dog', kind='lora', base='tiny', trigger=['sks']))"

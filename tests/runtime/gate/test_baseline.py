@@ -182,8 +182,8 @@ def test_a_worse_bundle_fails_with_the_layer_in_the_first_line(copied: Path, acc
     from bench._faults import overwrite
     from personalq.numerics import INT4, INT8, absmax_scale, quantize
     from personalq.spec import SpecFile, read_spec
+    from runtime.engines.onnxfile import read_graph
     from runtime.gate.subject import Sources
-    from runtime.onnxfile import read_graph
     from tests.runtime.conftest import unet_weights
 
     name, weight = "block.conv2", unet_weights()["block.conv2"]

@@ -14,7 +14,7 @@ from personalq.rows import KeptTokens
 from personalq.spec import SpecFile, read_spec
 from runtime.gate.check import Check, Report
 from runtime.gate.gate import verify_bundle
-from runtime.gate.limits import LIMITS, precision
+from runtime.gate.levels.limits import LIMITS, precision
 
 
 def failures(report: Report) -> dict[str, str]:

@@ -14,7 +14,7 @@ import pytest
 
 from runtime.gate.check import Check, Pictures, Report, at_least
 from runtime.gate.gate import Options, run_gate
-from runtime.gate.pictures import ssim
+from runtime.gate.levels.pictures import ssim
 from runtime.gate.reports.html import html
 from runtime.gate.reports.junit import junit
 from runtime.gate.reports.markdown import markdown

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.engine import OrtEngine
-from runtime.pipeline import Pipeline
+from runtime.drawing.pipeline import Pipeline
+from runtime.engines.engine import OrtEngine
 
 
 def pixels(content: bytes) -> np.ndarray:

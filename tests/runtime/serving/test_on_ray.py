@@ -20,8 +20,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cli import cli
-from runtime.engine import open_engine
-from runtime.pipeline import Picture, Pipeline, Settings
+from runtime.drawing.pipeline import Picture, Pipeline, Settings
+from runtime.engines.engine import open_engine
 from tests.runtime.serving.conftest import _wait_until as wait_until
 from tests.runtime.serving.conftest import make_repository
 
@@ -111,7 +111,7 @@ def test_pictures_are_those_of_the_pipeline(on_ray: OnRay) -> None:
 
 
 def png(pipeline: Pipeline, step: Any) -> bytes:
-    from runtime.image import png_bytes
+    from runtime.drawing.image import png_bytes
 
     return png_bytes(pipeline.decode(step.latents[0]))
 

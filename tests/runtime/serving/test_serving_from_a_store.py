@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from personalq.bundle import MANIFEST, bundle_key, manifest_bytes, read_manifest
-from personalq.remote import Remote
 from personalq.repository import Repository
+from personalq.repository.remote import Remote
 from runtime.cache import take_cards
 from tests.s3_server import BUCKET, s3_environment, s3_server
 

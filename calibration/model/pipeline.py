@@ -1,0 +1,141 @@
+"""A checkpoint as torch runs it: an FP32 diffusers pipeline whose parameters are those that `personalq.weights` reads."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers.utils import logging as transformers_logging
+
+from personalq.architecture import SECOND_ENCODER, read_configs
+from personalq.cards.card import Card
+from personalq.errors import PersonalQError, RepositoryError
+from personalq.repository import Repository
+from personalq.weights.checkpoint import CheckpointWeights, ComponentWeights, open_weights
+from personalq.weights.embeddings import TOKEN_TABLES
+
+from .conditioning import Pipe
+
+OPTIONS: dict[type[Pipe], dict[str, Any]] = {
+    StableDiffusionPipeline: {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    StableDiffusionXLPipeline: {"add_watermarker": False},
+}
+TEXT_MODELS = {"text_encoder": CLIPTextModel, SECOND_ENCODER: CLIPTextModelWithProjection}
+LATENT_MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+
+
+def load_pipeline(repository: Repository, card: Card, device: str = "cpu") -> Pipe:
+    """The checkpoint's FP32 pipeline with a DDIM scheduler, its delta merged by the reader. Raises RepositoryError."""
+    base_dir = repository.base_dir(card)
+    weights = open_weights(base_dir, repository.checkpoint_dir(card.id), card.kind)
+    configs = read_configs(base_dir)
+    with quiet_libraries(), one_line(card.id, "the models of its base's configs"):
+        models = {name: _model(name, config, weights.component(name)) for name, config in configs.items()}
+        pipe = open_base(base_dir, models)
+        _add_tokens(pipe, weights)
+    return pipe.to(device)
+
+
+def open_base(base_dir: Path, models: dict[str, nn.Module]) -> Pipe:
+    """The base's pipeline, FP32, with these models in place of its own; its scheduler's settings as they are."""
+    kind = StableDiffusionXLPipeline if SECOND_ENCODER in read_configs(base_dir) else StableDiffusionPipeline
+    pipe: Pipe = kind.from_pretrained(
+        base_dir, torch_dtype=torch.float32, local_files_only=True, **OPTIONS[kind], **models
+    )
+    # the base's own settings: StableDiffusionPipeline overrules a steps_offset of 0, the runtime obeys it
+    own = type(pipe.scheduler).from_pretrained(base_dir, subfolder="scheduler", local_files_only=True)
+    pipe.scheduler = DDIMScheduler.from_config(own.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """diffusers and transformers print bars and advice of their own while they load; errors still come through."""
+    kept = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    try:
+        for library, _ in kept:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for library, level in kept:
+            library.set_verbosity(level)
+            library.enable_progress_bar()
+
+
+@contextmanager
+def one_line(where: str, wanted: str) -> Iterator[None]:
+    """A library's exception becomes one line that says what it said; ours come through as they are."""
+    try:
+        yield
+    except (PersonalQError, MemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise RepositoryError(
+            f"{where}: must load into {wanted}, got {said}; compare its configs and weights"
+        ) from error
+
+
+def _model(component: str, config: dict[str, Any], weights: ComponentWeights) -> nn.Module:
+    """A model of the base's config with the reader's parameters, every one of them and no other."""
+    with init_empty_weights(include_buffers=False):
+        if component in TEXT_MODELS:
+            n_tokens = weights.shape(TOKEN_TABLES[component])[0]
+            model = TEXT_MODELS[component](CLIPTextConfig.from_dict({**config, "vocab_size": n_tokens}))
+        else:
+            model = LATENT_MODELS[component].from_config(config)
+    state = {name: torch.from_numpy(np.array(weights.read(name), np.float32)) for name in weights.names()}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def _add_tokens(pipe: Pipe, weights: CheckpointWeights) -> None:
+    """Teach every tokenizer the learned tokens; their rows are in the text encoders already."""
+    pieces = [piece for _, group in weights.added_tokens for piece in group]
+    for tokenizer in filter(None, (pipe.tokenizer, getattr(pipe, "tokenizer_2", None))) if pieces else ():
+        tokenizer.add_tokens(pieces)
+        for offset, piece in enumerate(pieces):
+            found = tokenizer.convert_tokens_to_ids(piece)
+            if found != weights.first_added_id + offset:
+                raise RepositoryError(
+                    f"token {piece}: must get id {weights.first_added_id + offset}, got {found}; "
+                    "the base already knows this token: rename it in the checkpoint"
+                )
+
+
+def quantisable_layers(unet: nn.Module) -> dict[str, nn.Module]:
+    """Every Conv2d and Linear of the step path, by module name. Text K/V projections run once per prompt, apart from it."""
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and not name.endswith(("attn2.to_k", "attn2.to_v"))
+    }
+
+
+def cross_attention(unet: nn.Module) -> list[tuple[str, Any]]:
+    """(name, module) of every cross-attention layer, in module order: the order of the packed text rows."""
+    return [(name, module) for name, module in unet.named_modules() if name.endswith(".attn2")]
+
+
+def packed_rows(unet: nn.Module, text_embeds: Tensor) -> Tensor:
+    """text_embeds (B,77,C) -> rows (B,77,R): K then V of every cross-attention layer, side by side."""
+    layers = [attention for _, attention in cross_attention(unet)]
+    return torch.cat([project(text_embeds) for layer in layers for project in (layer.to_k, layer.to_v)], dim=-1)

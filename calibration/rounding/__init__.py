@@ -1,0 +1,1 @@
+"""From statistics to integers: rounding, balancing, bit allocation, tuning."""

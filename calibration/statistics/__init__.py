@@ -1,0 +1,1 @@
+"""What running a checkpoint shows: activation ranges, attention, text rows, sensitivity."""

@@ -1,0 +1,235 @@
+"""Everything calibration learns from running one checkpoint; each part is computed when a policy first asks for it.
+
+One pass over the seeded prompts (all steps, both halves of guidance) gives ranges, text rows, attention mass and the
+points for sensitivity. Hessians take a second pass. Nothing here depends on a policy, so policies share it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from personalq.numerics import INT4, INT8
+from personalq.rows import RowLayer, find_sequence, pack_layers
+
+from ..model.conditioning import Pipe, encode, heard
+from ..model.pipeline import cross_attention, packed_rows, quantisable_layers
+from ..model.reference import start_noise
+from ..rounding.gptq import Hessian, columns
+from .attention import TriggerMap, watching_attention
+from .ranges import N_TIME_BINS, LayerRanges, Observer, time_bin
+from .saved import load_observation, save_observation, statistics_key
+from .sensitivity import Harm, Points, layer_sensitivity
+from .text_rows import RowStatistics, row_classes
+
+HESSIAN_EVERY = 4  # every 4th step is enough for the second moments of the inputs
+LARGEST_HESSIAN = 4096  # columns; wider layers (none in the gallery) are rounded to nearest, with that reason
+N_POINTS = 8
+N_LESSONS = 200
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the model was run: prompts with the ids that matter, steps, guidance, seed."""
+
+    prompts: tuple[str, ...]
+    trigger: tuple[tuple[int, ...], ...]
+    class_noun: tuple[tuple[int, ...], ...]
+    steps: int
+    guidance: float
+    seed: int
+
+
+@dataclass
+class Observation:
+    """What one pass saw."""
+
+    layers: dict[str, LayerRanges]
+    rows: RowStatistics
+    points: Points
+    samples: int
+
+
+@dataclass
+class Evidence:
+    """pipe: the FP32 pipeline with the delta loaded; the parts below are computed once.
+
+    saved: where an observation is kept between runs. checkpoint_sha256: of the weights that are loaded.
+    decided: what policies made of it so far (calibration.decide).
+    """
+
+    pipe: Pipe
+    recipe: Recipe
+    progress: Progress = field(default=lambda text, done: None)
+    saved: Path | None = None
+    checkpoint_sha256: str = ""
+    decided: dict[Any, Any] = field(default_factory=dict)
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of everything an observation depends on."""
+        return statistics_key(self.checkpoint_sha256, self.recipe)
+
+    @cached_property
+    def row_layers(self) -> list[RowLayer]:
+        return pack_layers([(name, layer.to_k.out_features) for name, layer in cross_attention(self.pipe.unet)])
+
+    @cached_property
+    def seen(self) -> Observation:
+        """Ranges, rows, attention mass and sensitivity points, from one pass over all prompts and steps."""
+        unet, watcher = self.pipe.unet, Watcher(self)
+        found = load_observation(self.saved, self.key, unet, watcher.rows) if self.saved else None
+        if found is not None:
+            layers, points, samples = found
+            return Observation(layers, watcher.rows, points, samples)
+        observer = Observer(unet)
+        with observer.watching(), watcher.watching():
+            self._denoise(watcher.start)
+        points = watcher.points()
+        if self.saved:
+            save_observation(self.saved, self.key, observer.layers, watcher.rows, points, observer.samples)
+        return Observation(observer.layers, watcher.rows, points, observer.samples)
+
+    @cached_property
+    def sensitivity(self) -> dict[str, dict[str, Harm]]:
+        """layer -> 'int8' | 'int4' -> harm to the noise prediction when its weight alone is quantised."""
+        points = self.seen.points
+        return layer_sensitivity(
+            self.pipe.unet, points, (INT8, INT4), lambda done: self.progress("measuring sensitivity", done)
+        )
+
+    @cached_property
+    def lessons(self) -> Points:
+        """What tuning learns from: pairs (unconditional, conditional) of N_LESSONS steps, spread over prompts and steps."""
+        watcher = Watcher(self, N_LESSONS, pairs=True)
+        with watcher.watching():
+            self._denoise(watcher.start)
+        return watcher.points()
+
+    @cached_property
+    def hessians(self) -> dict[str, dict[str, Hessian]]:
+        """'plain' and 'trigger' (pixels weighted by where the trigger attends) -> layer -> X^T X."""
+        return collect_hessians(self)
+
+    def _denoise(self, start: Callable[[int], None]) -> None:
+        recipe = self.recipe
+        with torch.no_grad():
+            for index, prompt in enumerate(recipe.prompts):
+                self.progress("collecting statistics", index / len(recipe.prompts))
+                start(index)
+                noise = torch.from_numpy(start_noise(self.pipe, recipe.seed * 1000 + 100 + index))[None]
+                self.pipe(
+                    prompt,
+                    num_inference_steps=recipe.steps,
+                    guidance_scale=recipe.guidance,
+                    latents=noise,
+                    output_type="latent",
+                )
+
+
+class Watcher:
+    """Follows one pass: which prompt and step it is, the trigger's attention, and a few inputs kept as points.
+
+    pairs: keep both halves of guidance (unconditional first), not the conditional one alone.
+    """
+
+    def __init__(self, evidence: Evidence, n_points: int = N_POINTS, *, pairs: bool = False):
+        self.evidence, self.bin, self.calls, self.pairs = evidence, 0, 0, pairs
+        self.rows = RowStatistics(evidence.row_layers, N_TIME_BINS)
+        side = evidence.pipe.unet.config.sample_size
+        self.map, self.kept = TriggerMap(side), []
+        self.weights: Tensor | None = None
+        total = len(evidence.recipe.prompts) * evidence.recipe.steps
+        self.wanted = set(np.linspace(0, total - 1, n_points).astype(int).tolist())
+
+    def start(self, index: int) -> None:
+        """A prompt begins: note its rows and the classes of its tokens."""
+        recipe, pipe = self.evidence.recipe, self.evidence.pipe
+        ids, told = encode(pipe, ["", recipe.prompts[index]])
+        eos = pipe.tokenizer.eos_token_id
+        self.classes = [row_classes(row.tolist(), recipe.trigger, recipe.class_noun, eos) for row in ids]
+        self.columns = [[i for s in recipe.trigger for i in find_sequence(row.tolist(), s)] for row in ids]
+        rows = packed_rows(pipe.unet, told.text).numpy()
+        self.rows.add_rows(rows[1], self.classes[1])
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        unet = self.evidence.pipe.unet
+        handles = [
+            unet.register_forward_pre_hook(self._before, with_kwargs=True),
+            unet.register_forward_hook(self._after, with_kwargs=True),
+        ]
+        try:
+            with watching_attention(unet, self._note):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.bin = time_bin(float(torch.as_tensor(args[1]).flatten()[0]))
+
+    def _note(self, layer: int, probabilities: Tensor) -> None:
+        mass = probabilities.mean(dim=(1, 2)).numpy()
+        self.rows.add_mass(layer, self.bin, mass[-1], self.classes[-1])
+        self.map.add(probabilities, self.columns[-probabilities.shape[0] :])
+
+    def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+        self.weights = self.map.take()
+        if self.calls in self.wanted:
+            kept = slice(None) if self.pairs else slice(-1, None)
+            sample, told = args[0][kept].clone(), [value.clone() for value in heard(kwargs).at(kept)]
+            timestep = torch.as_tensor(args[1]).flatten()[:1].float().expand(len(sample))
+            self.kept.append((sample, timestep, *told, self.weights[kept].clone()))
+        self.calls += 1
+
+    def points(self) -> Points:
+        return Points(*(torch.cat(parts) for parts in zip(*self.kept, strict=True)))
+
+
+def collect_hessians(evidence: Evidence) -> dict[str, dict[str, Hessian]]:
+    """A second pass: inputs' second moments of every layer, plain and weighted by the trigger's attention of the last step.
+
+    The weights of a step come from the step before it (attention changes slowly), so that one forward pass is enough.
+    """
+    modules = {
+        name: module
+        for name, module in quantisable_layers(evidence.pipe.unet).items()
+        if module.weight[0].numel() <= LARGEST_HESSIAN
+    }
+    result = {kind: {name: Hessian.empty(m) for name, m in modules.items()} for kind in ("plain", "trigger")}
+    watcher = Watcher(evidence)
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
+            if watcher.calls % HESSIAN_EVERY or watcher.weights is None:
+                return
+            x = columns(module, args[0])
+            result["plain"][name].add(x, None)
+            result["trigger"][name].add(x, pixel_weights(watcher.weights, x.shape[0], x.shape[1]))
+
+        return note
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        with watcher.watching():
+            evidence._denoise(watcher.start)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result
+
+
+def pixel_weights(weights: Tensor, batch: int, n_pixels: int) -> Tensor | None:
+    """(B,1,h,w) trigger weights -> (batch, n_pixels) at the layer's resolution; None for layers without pixels."""
+    side = int(n_pixels**0.5)
+    if side * side != n_pixels or n_pixels == 1 or weights.shape[0] != batch:
+        return None
+    return nn.functional.interpolate(weights, size=(side, side), mode="area").flatten(1)

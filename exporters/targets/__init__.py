@@ -1,0 +1,1 @@
+"""Bundles for one target or tool: TensorRT plans, Triton models, the optimum layout."""

@@ -1,0 +1,1 @@
+"""Texts to vectors: the sentence encoder, and vectors composed from those of tokens."""

@@ -1,0 +1,1 @@
+"""The words of requests and cards: terms, intent, other languages, typing errors."""

@@ -1,0 +1,1 @@
+"""From a shortlist to probabilities: candidates, features, the posterior, a language model as judge."""

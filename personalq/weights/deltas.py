@@ -1,0 +1,44 @@
+"""A checkpoint's delta files -> the edits of its base: what each file is, and who reads it. Reads headers and `.alpha`s."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .custom_diffusion import custom_diffusion_edits, is_custom_diffusion
+from .edits import Delta, Shapes, unmatched
+from .embeddings import embedding_edits, is_embedding
+from .lora import is_lora, lora_edits
+from .original import is_original
+from .tensorfile import TensorFile
+
+_KINDS = {
+    "original": is_original,
+    "lora": is_lora,
+    "custom_diffusion": is_custom_diffusion,
+    "textual_inversion": is_embedding,
+}
+
+
+def file_kind(shapes: Shapes) -> str:
+    """What one file holds: 'original' (a whole model in one file), a delta's kind, or 'model' for anything else."""
+    return next((kind for kind, is_it in _KINDS.items() if is_it(shapes)), "model")
+
+
+def delta_of(files: Sequence[TensorFile], base: Mapping[str, Shapes], vocabulary: frozenset[str]) -> Delta:
+    """The edits that delta files ask for. base: component -> parameter -> shape; vocabulary: the base tokenizer's entries.
+
+    Raises RepositoryError for whatever does not fit the base, and for a tensor that nothing would use.
+    """
+    delta, embeddings = Delta(), []
+    for file in files:
+        kind = file_kind(file.shapes)
+        if kind == "lora":
+            lora_edits(file, base, delta)
+        elif kind == "custom_diffusion":
+            custom_diffusion_edits(file, base, delta)
+        elif kind == "textual_inversion":
+            embeddings.append(file)
+        else:
+            raise unmatched(file, file.names())
+    embedding_edits(embeddings, base, vocabulary, delta)
+    return delta

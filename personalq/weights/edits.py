@@ -1,0 +1,141 @@
+"""What a delta does to the base: one edit per parameter. Applying an edit is arithmetic in float32, tensor by tensor.
+
+Formulas: LoRA (Hu et al. 2021) W' = W + alpha/r * up @ down; DoRA (Liu et al. 2024) m * W' / |W'|; Custom Diffusion
+(Kumari et al. 2022) replaces K and V of cross-attention; Textual Inversion (Gal et al. 2022) appends rows to the token
+embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import RepositoryError
+from .tensorfile import Array, TensorFile
+
+Float = npt.NDArray[np.float32]
+Shapes = Mapping[str, tuple[int, ...]]
+
+ANOTHER_BASE = "add it with --base of the model it was trained on"
+
+
+class Edit(Protocol):
+    """What happens to one parameter of the base."""
+
+    def shape(self, base: tuple[int, ...]) -> tuple[int, ...]: ...
+
+    def apply(self, base: Array) -> Float: ...
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """W + scale * up @ down, in float32. Linear (out, in) and Conv2d (out, in, kh, kw); up (out, r[, 1, 1])."""
+
+    file: TensorFile
+    down: str
+    up: str
+    scale: float
+
+    def shape(self, base: tuple[int, ...]) -> tuple[int, ...]:
+        return base
+
+    def apply(self, base: Array) -> Float:
+        down, up = (self.file.read(name).astype(np.float32) for name in (self.down, self.up))
+        product = up.reshape(up.shape[0], -1) @ down.reshape(down.shape[0], -1)
+        return np.asarray(base, np.float32) + np.float32(self.scale) * product.reshape(base.shape)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """m * V / |V|, V the merged weight: DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5), in float32.
+
+    name: the lengths m, one for each index of `axis` (0: each output, as peft has it); |V| is taken over all other axes.
+    """
+
+    merged: LowRank
+    name: str
+    axis: int
+
+    def shape(self, base: tuple[int, ...]) -> tuple[int, ...]:
+        return base
+
+    def apply(self, base: Array) -> Float:
+        weight = self.merged.apply(base)
+        others = tuple(axis for axis in range(weight.ndim) if axis != self.axis)
+        norm = np.sqrt(np.square(weight).sum(axis=others, keepdims=True))
+        length = self.merged.file.read(self.name).astype(np.float32).reshape(norm.shape)
+        scaled: Float = weight * np.divide(length, norm, out=np.zeros_like(norm), where=norm > 0)
+        return scaled
+
+
+@dataclass(frozen=True)
+class Added:
+    """b + scale * bias: the bias half of a LoRA trained with lora_bias."""
+
+    file: TensorFile
+    name: str
+    scale: float
+
+    def shape(self, base: tuple[int, ...]) -> tuple[int, ...]:
+        return base
+
+    def apply(self, base: Array) -> Float:
+        return np.asarray(base, np.float32) + np.float32(self.scale) * self.file.read(self.name).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """The file's tensor instead of the base's."""
+
+    file: TensorFile
+    name: str
+
+    def shape(self, base: tuple[int, ...]) -> tuple[int, ...]:
+        return self.file.shape(self.name)
+
+    def apply(self, base: Array) -> Float:
+        return self.file.read(self.name).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class AppendedRows:
+    """The base's first `keep` rows, then every row of the named tensors: (n, C) or (C,), in order."""
+
+    keep: int
+    parts: tuple[tuple[TensorFile, str], ...]
+
+    def shape(self, base: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.keep + sum(row_count(file.shape(name)) for file, name in self.parts), base[1])
+
+    def apply(self, base: Array) -> Float:
+        rows = [file.read(name).astype(np.float32).reshape(-1, base.shape[1]) for file, name in self.parts]
+        table: Float = np.concatenate([np.asarray(base[: self.keep], np.float32), *rows])
+        return table
+
+
+@dataclass
+class Delta:
+    """edits[component][parameter], and the tokens to add: (token, its pieces), in the order of their ids."""
+
+    edits: dict[str, dict[str, Edit]] = field(default_factory=dict)
+    added_tokens: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def put(self, component: str, parameter: str, edit: Edit) -> None:
+        self.edits.setdefault(component, {})[parameter] = edit
+
+
+def row_count(shape: tuple[int, ...]) -> int:
+    """How many vectors an embedding tensor holds: (C,) is one, (n, C) is n."""
+    return shape[0] if len(shape) > 1 else 1
+
+
+def unmatched(file: TensorFile, keys: Sequence[str]) -> RepositoryError:
+    """The refusal for tensors that belong to no parameter of the base; names the first three."""
+    shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+    return RepositoryError(
+        f"{file.path.name}: every tensor must match the base, got {len(keys)} that do not ({shown}); {ANOTHER_BASE}"
+    )

@@ -1,0 +1,265 @@
+"""Prompt to picture: rows once per prompt, classifier-free guidance in one batch, the loop as a generator of steps.
+
+It knows prompts, seeds and latents; engines are behind their protocol, noise schedules in sampling.
+"""
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from personalq.errors import EngineError, PromptError
+from personalq.rows import Ids, find_sequence, kept_index, kept_positions, row_index
+from personalq.tokens import Encoded, Tokenizer
+
+from ..engines.engine import SECOND_TOKENIZER, TOKENIZER, UNET_INPUTS, Array, Conditioning, Engine, TextEmbeds
+from .image import Image
+from .samplers import Plan, Trail, plan_steps, predict, sampler_named
+from .schedule import schedule_from_config
+
+logger = logging.getLogger("personalq.runtime")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to draw; pictures of one batch share it. None: what the bundle recommends."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    width: int | None = None
+    height: int | None = None
+    sampler: str = "ddim"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What to draw. noise: (4,h,w) float32 start noise in place of the seed's."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    noise: Array | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of denoising, done. latents: (N,4,h,w) float32 after it; predicted: the clean latents it aims at."""
+
+    index: int
+    n_steps: int
+    timestep: float
+    latents: Array
+    predicted: Array
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """A prompt, encoded and turned into what the UNet needs (batch of 1). kept: positions whose rows are FP16."""
+
+    conditioning: Conditioning
+    kept: tuple[int, ...]
+    text_embeds: Array
+    cut: str = ""
+
+
+def second_tokenizer(engine: Engine) -> Tokenizer | None:
+    """The tokenizer of SDXL's second encoder, None for every other base."""
+    text = engine.manifest.text
+    if text.second_pad_id is None:
+        return None
+    return Tokenizer(engine.bundle / SECOND_TOKENIZER, text.model_copy(update={"pad_id": text.second_pad_id}))
+
+
+def start_noise(seed: int, shape: tuple[int, ...]) -> Array:
+    """Standard normal float32 noise of `shape`, (4,h,w); the same seed gives the same noise on every machine."""
+    if seed < 0:
+        raise EngineError(f"seed: must be 0 or more, got {seed}; choose another seed")
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+class Pipeline:
+    """Draws pictures with one engine. Keeps the rows of the last prompts, and those of the empty prompt, computed."""
+
+    def __init__(self, engine: Engine, *, cached_prompts: int = 16) -> None:
+        self.engine = engine
+        self.manifest = engine.manifest
+        self.tokenizer = Tokenizer(engine.bundle / TOKENIZER, self.manifest.text)
+        self.second_tokenizer = second_tokenizer(engine)
+        self.schedule = schedule_from_config(self.manifest.scheduler)
+        self._triggers = tuple(self.tokenizer.token_ids(trigger) for trigger in self.manifest.checkpoint.trigger)
+        self._cached_prompts = cached_prompts
+        self._cache: OrderedDict[str, PromptRows] = OrderedDict()
+        self._empty: PromptRows | None = None
+
+    def rows(self, prompt: str) -> PromptRows:
+        """The prompt's rows, from the cache when it was among the last ones asked for.
+
+        Logs a warning with the text that did not fit; raises PromptError when that text holds the trigger.
+        """
+        if prompt == "":
+            self._empty = self._empty or self._rows_of_nothing()
+            return self._empty
+        if prompt not in self._cache:
+            encoded = self.tokenizer.encode(prompt)
+            self._check_cut(encoded)
+            self._cache[prompt] = self.rows_of_ids(encoded.ids, cut=encoded.cut, embeds=self.embed([prompt]))
+            while len(self._cache) > self._cached_prompts:
+                self._cache.popitem(last=False)
+        rows = self._cache[prompt]
+        self._cache.move_to_end(prompt)
+        if rows.cut:
+            logger.warning("prompt: only %d tokens fit; cut: %r", self.manifest.text.length, rows.cut)
+        return rows
+
+    def _rows_of_nothing(self) -> PromptRows:
+        embeds = self.embed([""])
+        is_zero = self.manifest.text.is_empty_zero
+        return self.rows_of_ids(self.tokenizer.encode("").ids, embeds=embeds.zeros() if is_zero else embeds)
+
+    def embed(self, prompts: Sequence[str]) -> TextEmbeds:
+        """Prompts -> their embeddings."""
+        return self.engine.encode(*self.token_ids(prompts))
+
+    def token_ids(self, prompts: Sequence[str]) -> tuple[Ids, Ids | None]:
+        """Prompts -> ids (B,77) of the first tokenizer, and of SDXL's second one."""
+        ids = np.stack([self.tokenizer.encode(prompt).ids for prompt in prompts])
+        if self.second_tokenizer is None:
+            return ids, None
+        return ids, np.stack([self.second_tokenizer.encode(prompt).ids for prompt in prompts])
+
+    def rows_of_ids(self, ids: Ids, *, embeds: TextEmbeds, cut: str = "") -> PromptRows:
+        """Token ids (77,) and their embeddings (a batch of one) -> rows."""
+        rows = self.manifest.rows
+        positions = kept_positions(ids, rows.kept, self.manifest.text.eos_id) if rows.form == "split" else ()
+        made = self.engine.text_rows(embeds.states, kept_index(positions, rows.kept.slots)[None])
+        made["row_index"] = row_index(positions, self.manifest.text.length)[None]
+        conditioning = {name: made[name] for name in UNET_INPUTS[rows.form]}
+        if embeds.pooled is not None:
+            conditioning["text_embeds"] = embeds.pooled
+        return PromptRows(conditioning=conditioning, kept=positions, text_embeds=embeds.states, cut=cut)
+
+    def _check_cut(self, encoded: Encoded) -> None:
+        """Refuse a prompt whose trigger was cut; one that also stands whole in what fits is fine."""
+        kept = encoded.tokens[: encoded.n_words]
+        limit = self.manifest.text.length
+        for trigger, ids in zip(self.manifest.checkpoint.trigger, self._triggers, strict=True):
+            if find_sequence(encoded.tokens, ids) and not find_sequence(kept, ids):
+                raise PromptError(
+                    f"prompt: its trigger {trigger!r} must be within the first {limit} tokens, got it in what is cut "
+                    f"({encoded.cut!r}); shorten the prompt or put the trigger earlier"
+                )
+
+    def denoise(self, pictures: Sequence[Picture], settings: Settings | None = None) -> Iterator[Step]:
+        """Draw the latents of a batch step by step; stop early by not asking for more.
+
+        Everything is checked before the first step. A picture does not depend on the others of its batch (the kernels'
+        rounding may).
+        """
+        settings = settings or Settings()
+        sampler = sampler_named(settings.sampler)
+        plan = plan_steps(
+            settings.sampler, self.schedule, self.manifest.steps if settings.steps is None else settings.steps
+        )
+        guidance = _checked_guidance(self.manifest.guidance if settings.guidance is None else settings.guidance)
+        shape = self._latent_shape(settings.width, settings.height)
+        noises = [_Noise(picture, shape) for picture in pictures]
+        halves: list[PromptRows] = []
+        for picture in pictures:
+            halves += [self.rows(picture.negative_prompt)] if guidance != 1.0 else []
+            halves.append(self.rows(picture.prompt))
+        clip = self.schedule.clip if sampler.clips else math.inf
+        return self._loop(_Run(settings.sampler, plan, guidance, clip), halves, noises)
+
+    def _loop(self, run: "_Run", halves: list[PromptRows], noises: list["_Noise"]) -> Iterator[Step]:
+        sampler, plan, trail, n = sampler_named(run.sampler), run.plan, Trail(), len(noises)
+        x = np.stack([noise.start for noise in noises]) * np.float32(plan.start_scale)
+        still = np.zeros_like(x)
+        denoiser = self.engine.denoiser(_batch(halves), *x.shape[2:])
+        for i, t in enumerate(plan.times):
+            predictions = denoiser(np.repeat(x, len(halves) // n, axis=0), float(t))
+            if not np.isfinite(predictions).all():
+                raise EngineError(
+                    f"noise_pred: must be finite, got NaN or Inf at step {i + 1} of {len(plan)}; "
+                    f"run 'personalq verify {self.manifest.checkpoint.id}'"
+                )
+            said = predict(self.schedule, plan, i, x, guide(predictions, n, run.guidance), run.clip)
+            fresh = np.stack([noise.draw() for noise in noises]) if sampler.is_noisy else still
+            x = sampler.step(self.schedule, plan, i, x, said, fresh, trail)
+            yield Step(index=i, n_steps=len(plan), timestep=float(t), latents=x, predicted=said[0])
+
+    def decode(self, latents: Array) -> Image:
+        """latents (4,h,w) float32 -> picture (H,W,3) uint8."""
+        latent = self.manifest.latent
+        scaled = latents[None] / np.float32(latent.scaling_factor) + np.float32(latent.shift_factor)
+        return to_uint8(self.engine.decode(scaled)[0])
+
+    def image(self, prompt: str, **options: Any) -> Image:
+        """Draw and decode one picture; options are fields of Picture and of Settings, by name."""
+        asked = {field.name for field in fields(Settings)} & options.keys()
+        settings = Settings(**{name: options.pop(name) for name in asked})
+        latents = [step.latents for step in self.denoise([Picture(prompt, **options)], settings)][-1]
+        return self.decode(latents[0])
+
+    def _latent_shape(self, width: int | None, height: int | None) -> tuple[int, int, int]:
+        latent = self.manifest.latent
+        sides = {"height": (height, latent.height), "width": (width, latent.width)}
+        for name, (asked, _) in sides.items():
+            if asked is not None and (asked <= 0 or asked % latent.scale):
+                raise EngineError(f"{name}: must be a multiple of {latent.scale}, got {asked}; choose another size")
+        h, w = (default if asked is None else asked // latent.scale for asked, default in sides.values())
+        return (latent.channels, h, w)
+
+
+def guide(predictions: Array, n: int, guidance: float) -> Array:
+    """(n|2n,4,h,w), pairs side by side -> (n,4,h,w): uncond + guidance * (cond - uncond).
+
+    Classifier-Free Diffusion Guidance, eq. 6.
+    """
+    if len(predictions) == n:
+        return np.asarray(predictions, dtype=np.float32)
+    unconditional, conditional = predictions[0::2], predictions[1::2]
+    return np.asarray(unconditional + np.float32(guidance) * (conditional - unconditional), dtype=np.float32)
+
+
+def to_uint8(image: Array) -> Image:
+    """(3,H,W) in -1..1 -> (H,W,3) uint8, rounded as diffusers rounds."""
+    pixels = np.rint((image.transpose(1, 2, 0) / 2 + 0.5).clip(0, 1) * 255)
+    return np.ascontiguousarray(pixels, dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One batch's decisions, made before its first step."""
+
+    sampler: str
+    plan: Plan
+    guidance: float
+    clip: float
+
+
+class _Noise:
+    """One picture's noise: the first draw of its seed is where it starts, later ones are what ancestral steps add."""
+
+    def __init__(self, picture: Picture, shape: tuple[int, ...]) -> None:
+        seeded = start_noise(picture.seed, shape)  # checks the seed, also where the noise is given
+        self.start = seeded if picture.noise is None else picture.noise
+        self._shape = self.start.shape
+        self._generator = np.random.default_rng(picture.seed)
+        self._generator.standard_normal(shape)
+
+    def draw(self) -> Array:
+        return self._generator.standard_normal(self._shape).astype(np.float32)
+
+
+def _batch(halves: list[PromptRows]) -> Conditioning:
+    return {name: np.concatenate([half.conditioning[name] for half in halves]) for name in halves[0].conditioning}
+
+
+def _checked_guidance(guidance: float) -> float:
+    if not (math.isfinite(guidance) and guidance >= 1):
+        raise EngineError(f"guidance: must be 1 (none) or more, got {guidance}; 4 to 8 is usual")
+    return float(guidance)
