@@ -14,7 +14,8 @@ from bench.intervals import Interval, bootstrap
 from bench.quality import LARGEST_DB, export
 from personalq.numerics import psnr_db
 from runtime.drawing.pipeline import Picture, Pipeline, PromptRows
-from runtime.engines.engine import Engine, OrtEngine
+from runtime.engines.engine import Engine
+from runtime.engines.ort import OrtEngine
 
 Rows = npt.NDArray[np.float32]
 Patch = Callable[[str, Rows], Rows]

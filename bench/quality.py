@@ -120,7 +120,7 @@ def export(repository: Any, checkpoint_id: str, policy: str, evidence: Any = Non
 def opened(bundle: Path) -> Any:
     """A pipeline over the bundle, one thread."""
     from runtime.drawing.pipeline import Pipeline
-    from runtime.engines.engine import OrtEngine
+    from runtime.engines.ort import OrtEngine
 
     return Pipeline(OrtEngine(bundle, threads=1))
 

@@ -37,7 +37,7 @@ def run(out_dir: Path, repository: Repository, progress: Progress = lambda text,
     pictures, step_seconds = {}, {}
     for name, folder in (("reference", reference), ("image", bundle)):
         progress(f"drawing the {name}", 0.8 if name == "reference" else 0.9)
-        from runtime.engines.engine import OrtEngine
+        from runtime.engines.ort import OrtEngine
 
         pipeline, begun = Pipeline(OrtEngine(folder)), time.perf_counter()
         pictures[name] = pipeline.image(prompt, seed=SEED)

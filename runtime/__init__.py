@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .drawing.image import side_by_side, write_png
     from .drawing.pipeline import Picture, Pipeline, Settings, Step, start_noise
-    from .engines.engine import Engine, OrtEngine, open_engine
+    from .engines.engine import Engine, open_engine
+    from .engines.ort import OrtEngine
     from .gate import Check, Report, verify_bundle
     from .store import Found, Store, find
 
 _HOME = {
     "Engine": "engines.engine",
-    "OrtEngine": "engines.engine",
+    "OrtEngine": "engines.ort",
     "open_engine": "engines.engine",
     "side_by_side": "drawing.image",
     "write_png": "drawing.image",

@@ -16,7 +16,8 @@ from personalq.errors import EngineError, MissingExtraError
 from personalq.repository.engines import check_engine
 
 from . import cuda
-from .engine import Array, Conditioning, Denoiser, OrtEngine, unet_feed
+from .engine import Array, Conditioning, Denoiser, unet_feed
+from .ort import OrtEngine
 from .plans import check_shapes, find_plan
 
 logger = logging.getLogger("personalq.runtime")

@@ -17,8 +17,9 @@ from personalq.rows import find_sequence
 from personalq.spec import SpecFile, read_spec
 
 from ..drawing.pipeline import Pipeline, PromptRows
-from ..engines.engine import Conditioning, OrtEngine, TextEmbeds, unet_feed, unet_file
+from ..engines.engine import Conditioning, TextEmbeds, unet_feed, unet_file
 from ..engines.onnxfile import Graph, read_graph
+from ..engines.ort import OrtEngine
 from .levels.limits import LIMITS, precision
 
 Float = npt.NDArray[np.float32]

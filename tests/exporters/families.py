@@ -18,7 +18,7 @@ from personalq.repository.identity import weights_sha256
 from personalq.rows import KeptTokens
 from personalq.spec import LayerSpec, SpecFile
 from runtime.drawing.pipeline import Pipeline
-from runtime.engines.engine import OrtEngine
+from runtime.engines.ort import OrtEngine
 from tests.exporters import architectures
 from tests.repositories import add_family
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from personalq.numerics import INT8, QTYPES, absmax_scale, cosine, fake_quantize, quantize
 from personalq.spec import SpecFile, read_spec
-from runtime.engines.engine import OrtEngine
+from runtime.engines.ort import OrtEngine
 
 POLICIES = [
     "q-diffusion-w4a8",

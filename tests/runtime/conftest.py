@@ -271,7 +271,7 @@ def write_golden(folder: Path, reference: Path) -> None:
     from personalq.bundle import read_manifest
     from runtime.drawing.pipeline import Pipeline, start_noise
     from runtime.drawing.samplers import SAMPLERS, Trail, plan_steps, predict
-    from runtime.engines.engine import OrtEngine
+    from runtime.engines.ort import OrtEngine
 
     engine = OrtEngine(reference, threads=1)
     pipeline = Pipeline(engine)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from personalq.numerics import psnr_db
 
 from ...drawing.pipeline import Pipeline, start_noise
-from ...engines.engine import OrtEngine
+from ...engines.ort import OrtEngine
 from ..check import Check, Pictures, at_least
 from ..interval import interval
 from ..subject import Subject

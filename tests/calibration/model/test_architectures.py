@@ -23,7 +23,7 @@ from personalq.repository import Repository
 from personalq.spec import read_spec
 from personalq.weights.checkpoint import CheckpointWeights, check_fit, open_weights
 from runtime.drawing.pipeline import Pipeline
-from runtime.engines.engine import OrtEngine
+from runtime.engines.ort import OrtEngine
 from runtime.gate import run_gate
 from runtime.gate.gate import Options
 from runtime.gate.request import sources_of

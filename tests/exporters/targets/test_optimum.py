@@ -234,7 +234,7 @@ def test_the_real_optimum_draws_our_own_pipelines_picture(exported, folders, tmp
     """optimum's from_pretrained gets the folder and nothing else; every pixel within one level of ours."""
     from exporters.export import export_checkpoint
     from runtime.drawing.pipeline import Pipeline, start_noise
-    from runtime.engines.engine import OrtEngine
+    from runtime.engines.ort import OrtEngine
 
     prompt = "a red mug on the beach, sks"
     if case == "plain":

@@ -12,7 +12,7 @@ from personalq.errors import EngineError, PromptError
 from personalq.numerics import psnr_db
 from runtime.drawing.pipeline import Picture, Pipeline, Settings, guide, start_noise, to_uint8
 from runtime.drawing.samplers import SAMPLERS
-from runtime.engines.engine import OrtEngine
+from runtime.engines.ort import OrtEngine
 
 PROMPT = "a photo of sks dog on the beach"
 

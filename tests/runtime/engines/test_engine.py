@@ -13,7 +13,8 @@ from personalq.errors import BundleError, EngineError, MissingExtraError, Person
 from runtime.drawing.pipeline import Pipeline
 from runtime.engines import engine as engine_module
 from runtime.engines import sessions as sessions_module
-from runtime.engines.engine import OrtEngine, open_engine
+from runtime.engines.engine import open_engine
+from runtime.engines.ort import OrtEngine
 from runtime.engines.sessions import has_int8_dot_product, one_line, open_session
 
 

@@ -11,8 +11,8 @@ import pytest
 from personalq.repository.engines import ENGINES
 from runtime.drawing.pipeline import Pipeline
 from runtime.engines import sessions
-from runtime.engines.engine import OrtEngine
 from runtime.engines.flat_convs import flatten_convs
+from runtime.engines.ort import OrtEngine
 from runtime.engines.sessions import PREPARED, open_session
 from tests.runtime.one_layer import write_layer
 

@@ -14,8 +14,9 @@ from personalq.numerics import cosine, psnr_db
 from personalq.repository.engines import engines_of
 from runtime.drawing.pipeline import Pipeline, start_noise
 from runtime.engines import openvino as openvino_engine
-from runtime.engines.engine import OrtEngine, open_engine
+from runtime.engines.engine import open_engine
 from runtime.engines.openvino import OpenVinoEngine, compile_properties
+from runtime.engines.ort import OrtEngine
 from runtime.engines.sessions import open_session
 from tests.runtime.one_layer import write_layer
 

@@ -8,7 +8,7 @@ import pytest
 
 from personalq.bundle import read_manifest
 from runtime.engines import sessions
-from runtime.engines.engine import OrtEngine
+from runtime.engines.ort import OrtEngine
 from runtime.engines.sessions import has_narrow_weights, open_session
 from tests.runtime.one_layer import write_layer
 

@@ -13,7 +13,8 @@ from personalq.bundle import read_manifest
 from personalq.repository.engines import ENGINES
 from runtime.drawing.pipeline import Pipeline
 from runtime.engines import sessions
-from runtime.engines.engine import OrtEngine, unet_file
+from runtime.engines.engine import unet_file
+from runtime.engines.ort import OrtEngine
 from runtime.engines.sessions import PREPARED, is_shared, open_session, open_shared, shared_bytes
 
 

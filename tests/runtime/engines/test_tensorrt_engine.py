@@ -14,7 +14,8 @@ from personalq.errors import EngineError
 from personalq.repository.engines import keep_engine
 from runtime.drawing.pipeline import Pipeline
 from runtime.engines import cuda
-from runtime.engines.engine import OrtEngine, unet_file, unet_inputs
+from runtime.engines.engine import unet_file, unet_inputs
+from runtime.engines.ort import OrtEngine
 from runtime.engines.tensorrt import TensorRtEngine
 from tests.runtime.gpu_stand_in import HostCuda, HostPlan, tensorrt_module
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from runtime.drawing.pipeline import Pipeline
-from runtime.engines.engine import OrtEngine
+from runtime.engines.ort import OrtEngine
 
 
 def pixels(content: bytes) -> np.ndarray:

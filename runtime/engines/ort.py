@@ -1,0 +1,143 @@
+"""ONNX Runtime on the CPU: the embedded default."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from personalq.bundle import read_manifest
+from personalq.errors import EngineError
+from personalq.rows import Ids
+
+from .engine import (
+    ROWS_OUTPUTS,
+    Array,
+    Conditioning,
+    Denoiser,
+    TextEmbeds,
+    check_bytes,
+    unet_feed,
+    unet_file,
+    unet_inputs,
+)
+from .sessions import Opened, Session, import_onnxruntime, one_line, open_prepared, open_shared
+
+
+class OrtEngine:
+    """ONNX Runtime on the CPU. The files are checked against the manifest, then all graphs are opened."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Path, threads: int | None = None) -> None:
+        """Open a bundle. `threads`: for one operator; None lets ONNX Runtime use every core.
+
+        Raises BundleError when a file is not what was exported, EngineError when one is missing or cannot be opened.
+        """
+        self.bundle = bundle
+        self.manifest = read_manifest(bundle)
+        check_bytes(bundle, self.manifest)
+        graphs, form = self.manifest.graphs, self.manifest.rows.form
+        self._threads = threads
+        self._opened: list[Opened] = []
+        self._encoder = self._share(graphs.text_encoder, ["input_ids"], ["last_hidden_state"])
+        self._second = None
+        if graphs.text_encoder_2:
+            self._second = self._share(graphs.text_encoder_2, ["input_ids"], ["last_hidden_state", "text_embeds"])
+        self._decoder = self._share(graphs.vae_decoder, ["latent"], ["image"])
+        rows_inputs = ["text_embeds", "kept_index"] if form == "split" else ["text_embeds"]
+        with ThreadPoolExecutor(1) as beside:
+            # Run once a prompt: its weights stay mapped, which opens sooner and takes no memory of its own.
+            rows = beside.submit(self._prepare, graphs.text_rows, rows_inputs, ROWS_OUTPUTS[form], is_packed=False)
+            self._unet = self._open_unet()
+            self._rows = rows.result()
+
+    def _open_unet(self) -> Session:
+        inputs = ["sample", "timestep", *unet_inputs(self.manifest)]
+        return self._prepare(unet_file(self.manifest), inputs, ["noise_pred"])
+
+    def _share(self, file: str, inputs: Sequence[str], outputs: Sequence[str]) -> Session:
+        return self._take(open_shared(self.bundle, self.manifest, file, self._threads), file, inputs, outputs)
+
+    def _prepare(self, file: str, inputs: Sequence[str], outputs: Sequence[str], *, is_packed: bool = True) -> Session:
+        opened = open_prepared(self.bundle, self.manifest, file, self._threads, is_packed=is_packed)
+        return self._take(opened, file, inputs, outputs)
+
+    def _take(self, opened: Opened, file: str, inputs: Sequence[str], outputs: Sequence[str]) -> Session:
+        session = opened.session
+        _check_names(file, "inputs", [value.name for value in session.get_inputs()], inputs)
+        _check_names(file, "outputs", [value.name for value in session.get_outputs()], outputs)
+        self._opened.append(opened)
+        return session
+
+    def is_whole(self) -> bool:
+        return all(opened.is_whole() for opened in self._opened)
+
+    def encode(self, ids: Ids, second: Ids | None = None) -> TextEmbeds:
+        states = np.asarray(_run(self._encoder, ["last_hidden_state"], {"input_ids": ids})[0], dtype=np.float32)
+        if self._second is None:
+            return TextEmbeds(states)
+        more, pooled = _run(self._second, ["last_hidden_state", "text_embeds"], {"input_ids": second})
+        return TextEmbeds(np.concatenate([states, more], axis=-1, dtype=np.float32), np.asarray(pooled, np.float32))
+
+    def text_rows(self, text_embeds: Array, kept_index: Ids) -> dict[str, npt.NDArray[Any]]:
+        form = self.manifest.rows.form
+        feed = {"text_embeds": text_embeds, "kept_index": kept_index}
+        if form == "full":
+            del feed["kept_index"]
+        return dict(zip(ROWS_OUTPUTS[form], _run(self._rows, ROWS_OUTPUTS[form], feed), strict=True))
+
+    def denoiser(self, conditioning: Conditioning, height: int, width: int) -> Denoiser:
+        batch = len(next(iter(conditioning.values())))
+        shape = (batch, self.manifest.latent.channels, height, width)
+        return _BoundUnet(self._unet, unet_feed(self.manifest, conditioning, height, width), shape)
+
+    def decode(self, latent: Array) -> Array:
+        return np.asarray(_run(self._decoder, ["image"], {"latent": latent})[0], dtype=np.float32)
+
+
+class _BoundUnet:
+    """The UNet with its buffers bound once: a step copies the latents in and reads the prediction where it lies."""
+
+    def __init__(self, session: Session, conditioning: Conditioning, shape: tuple[int, ...]) -> None:
+        ort = import_onnxruntime()
+        self._session = session
+        self._sample, self._noise_pred = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self._timestep = np.zeros(1, np.float32)
+        self._binding = session.io_binding()
+        inputs = {"sample": self._sample, "timestep": self._timestep, **conditioning}
+        # An OrtValue made from a contiguous array on the CPU is that array's memory; it must outlive the binding.
+        self._values = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()
+        }
+        for name, value in self._values.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._output = ort.OrtValue.ortvalue_from_numpy(self._noise_pred)
+        self._binding.bind_ortvalue_output("noise_pred", self._output)
+
+    def __call__(self, sample: Array, timestep: float) -> Array:
+        np.copyto(self._sample, sample)
+        self._timestep[0] = timestep
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime raises its own classes over RuntimeError
+            raise EngineError(f"unet: cannot run on latents {sample.shape}: {one_line(error)}") from error
+        return self._noise_pred
+
+
+def _run(session: Session, outputs: Sequence[str], feed: dict[str, Any]) -> Sequence[Any]:
+    try:
+        return list(session.run(list(outputs), feed))
+    except Exception as error:  # onnxruntime raises its own classes over RuntimeError
+        shapes = ", ".join(f"{name} {value.shape}" for name, value in feed.items())
+        raise EngineError(f"{outputs[0]}: cannot be computed from {shapes}: {one_line(error)}") from error
+
+
+def _check_names(file: str, what: str, found: Sequence[str], expected: Sequence[str]) -> None:
+    if set(found) != set(expected):
+        raise EngineError(
+            f"{file}: {what} must be {', '.join(sorted(expected))}, got {', '.join(sorted(found))}; "
+            "export the checkpoint again with this version"
+        )
