@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from personalq.architecture import family_key, read_configs
+from personalq.architecture import SECOND_ENCODER, family_key, read_configs
 from personalq.cards.card import Card, folder_name
 from personalq.errors import SpecError
 from personalq.repository import Repository
 from personalq.repository.atomic import write_atomic
 from personalq.repository.identity import sampling_defaults, weights_sha256
 from personalq.rows import KeptTokens
+from personalq.scheduler import read_scheduler
 from personalq.spec import REFERENCE, LayerSpec, Provenance, RowsSpec, Spec, SpecFile
 
 from .decide import Decisions, decide, rule_of
@@ -89,15 +90,17 @@ def calibrate(
     folder = repository.root / "specs" / folder_name(card.id)
     reference, sha256 = folder / REFERENCE, checkpoint_sha256(repository, card)
     checked = ""
-    if not is_current(reference, sha256):
+    base_dir = repository.base_dir(card)
+    scheduler = read_scheduler(base_dir, is_xl=SECOND_ENCODER in read_configs(base_dir))
+    if not is_current(reference, sha256, scheduler):
         progress("comparing with diffusers' own loaders", 0.0)
         checked = checked_against(repository, card)  # before ours is loaded: one pipeline in memory at a time
     progress("loading the checkpoint", 0.0)
     evidence = evidence or gather(repository, card, options, progress)
     if checked:
         progress("running the FP32 reference", 0.0)
-        told = {"checkpoint_sha256": sha256, "checked_against": checked}
-        write_reference(evidence.pipe, card, reference, **sampling_defaults(repository.base_dir(card)), **told)
+        told = {"checkpoint_sha256": sha256, "checked_against": checked, **sampling_defaults(base_dir)}
+        write_reference(evidence.pipe, card, reference, scheduler=scheduler, **told)
     checked = metadata_of(reference).get("checked_against", "not recorded")
     spec_file, kept = build_spec(repository, card, evidence, options, checked)
     path = spec_file.write(folder / f"{spec_file.spec.name}.json")

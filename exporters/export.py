@@ -1,6 +1,6 @@
 """Checkpoint + spec -> bundle: content-addressed, written beside its place and renamed into it, reused when it exists."""
 
-import json
+import logging
 import resource
 import shutil
 import time
@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from personalq.architecture import SECOND_ENCODER
 from personalq.bundle import (
     MANIFEST,
     SPEC,
@@ -37,6 +38,7 @@ from personalq.repository import Repository
 from personalq.repository.atomic import atomic_directory, settle
 from personalq.repository.identity import sampling_defaults, settings_sha256, weights_sha256
 from personalq.repository.sharing import link_shared, note_shared
+from personalq.scheduler import BaseScheduler, read_scheduler
 from personalq.spec import REFERENCE, SpecFile, read_spec
 from personalq.weights.checkpoint import CheckpointWeights, ComponentWeights, open_weights
 from personalq.weights.embeddings import TOKEN_EMBEDDING
@@ -49,6 +51,8 @@ from .graphs.passes.rows import emit_storage_form
 from .lock import only_one
 from .share import write_sharing_graph
 from .tokenizer import write_tokenizers
+
+logger = logging.getLogger("personalq.exporters")
 
 EXPORTER_VERSION = "5"
 
@@ -82,7 +86,11 @@ def export_checkpoint(
     weights = open_weights(base_dir, repository.checkpoint_dir(card.id), card.kind)
     family = open_family(repository.root / "families", base_dir, progress)
     entry = checkpoint_entry(card, weights_sha256(base_dir, repository.checkpoint_dir(card.id)))
-    told = {"checkpoint": entry.model_dump(), "latent": latent_of(family.configs).model_dump()}
+    scheduler = read_scheduler(base_dir, is_xl=SECOND_ENCODER in family.configs)
+    for note in scheduler.notes:
+        logger.warning("%s: %s", card.base or card.id, note)
+    latent = latent_of(family.configs).model_dump()
+    told = {"checkpoint": entry.model_dump(), "latent": latent, "scheduler": scheduler.settings}
     parts = {
         "weights": entry.sha256,
         "settings": settings_sha256(base_dir, told),
@@ -98,7 +106,7 @@ def export_checkpoint(
         reused = is_intact(folder)
         if not reused:
             with atomic_directory(folder, replace=True) as temporary:
-                job = Job(entry, base_dir, weights, family, spec_file, parts, key, temporary, progress)
+                job = Job(entry, base_dir, weights, family, spec_file, scheduler, parts, key, temporary, progress)
                 write_bundle(job)
                 if reference.is_file():
                     shutil.copyfile(reference, temporary / "golden.safetensors")
@@ -122,6 +130,7 @@ class Job:
     weights: CheckpointWeights
     family: Family
     spec_file: SpecFile
+    scheduler: BaseScheduler
     parts: dict[str, str]
     key: str
     folder: Path
@@ -216,7 +225,7 @@ def manifest_of(job: Job, lowered: Lowered, text: Text) -> Manifest:
         ),
         text=text,
         latent=latent_of(job.family.configs),
-        scheduler=json.loads((job.base_dir / "scheduler" / "scheduler_config.json").read_text()),
+        scheduler=job.scheduler.settings,
         **sampling_defaults(job.base_dir),
         sizes=unet_sizes(job, lowered),
         census=lowered.census,
