@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from .custom_diffusion import custom_diffusion_edits, is_custom_diffusion
 from .edits import Delta, Shapes, unmatched
-from .embeddings import embedding_edits, is_embedding
+from .embeddings import embedding_edits, is_embedding, learned_tokens
 from .lora import is_lora, lora_edits
 from .original import is_original
 from .tensorfile import TensorFile
 
+SUFFIX = ".safetensors"
 _KINDS = {
     "original": is_original,
     "lora": is_lora,
@@ -42,3 +43,10 @@ def delta_of(files: Sequence[TensorFile], base: Mapping[str, Shapes], vocabulary
             raise unmatched(file, file.names())
     embedding_edits(embeddings, base, vocabulary, delta)
     return delta
+
+
+def added_tokens(files: Mapping[str, Shapes]) -> list[str]:
+    """The tokens that files add, by their names and shapes. files: name -> tensor shapes."""
+    loose = {name: shapes for name, shapes in sorted(files.items()) if "/" not in name and is_embedding(shapes)}
+    tokens = [token for name, shapes in loose.items() for token in learned_tokens(name.removesuffix(SUFFIX), shapes)]
+    return list(dict.fromkeys(tokens))
