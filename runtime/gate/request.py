@@ -1,4 +1,4 @@
-"""What a person who asks for the gate means: which bundle, what lies beside it, which judge, which reports."""
+"""Interpret a request to the gate: which bundle, what is available beside it, which judge, which reports."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the checks look at: one bundle's goldens, graphs, engine and pipeline, and what lies outside it where it is there."""
+"""What the checks work on: one bundle's goldens, graphs, engine and pipeline, and optional sources outside the bundle."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -51,7 +51,7 @@ class Sources:
     judge: Judge | None = None
 
     def missing(self) -> tuple[str, ...]:
-        """What is therefore not compared, in words."""
+        """What cannot be compared for lack of a source, in words."""
         reasons = {
             "stored weights: the checkpoint is not in the repository": self.weights,
             "more pictures: the repository has no fp32 bundle of this checkpoint": self.reference,

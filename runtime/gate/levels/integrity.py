@@ -20,7 +20,7 @@ def files_intact(bundle: Path, manifest: Manifest) -> Check:
 
 
 def consistent(bundle: Path, manifest: Manifest, sources: Sources) -> Iterator[Check]:
-    """The key is the hash of its parts, and each part is that of what lies in the bundle."""
+    """The key is the hash of its parts, and each part matches the contents of the bundle."""
     parts = manifest.key_parts
     yield none_of("key is the hash of its parts", _differs({"key": (manifest.key, bundle_key(parts))}))
     golden = inside(bundle, GOLDEN)
