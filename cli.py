@@ -10,7 +10,7 @@ import click
 
 from fleet.command import export_command, serve_command
 from runtime.commands import asking_options, drawing_options
-from runtime.console import Commands, Result, each_line, progress, reports, start_logging, talk
+from runtime.console import Commands, Result, each_line, progress, reports, start_logging, talk, wants_json
 from runtime.gate.command import verify_command
 
 if TYPE_CHECKING:
@@ -226,10 +226,11 @@ def diff(a: Path, b: Path) -> Result:
 @cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("name")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def bench(name: str, arguments: tuple[str, ...]) -> None:
-    """Run one benchmark of bench/; its options follow its NAME. The last line is one JSON object."""
-    from bench import names, run
+@reports
+def bench(name: str, arguments: tuple[str, ...]) -> Result:
+    """Run one benchmark of bench/; its options follow its NAME. The last line is one JSON object; --json: the only one."""
+    from bench import names, run, run_for_json
 
     if name not in names():
         raise click.UsageError(f"NAME must be one of {', '.join(names())}, got {name!r}")
-    run(name, arguments)
+    return Result({}, code=(run_for_json if wants_json() else run)(name, arguments), printed=True)

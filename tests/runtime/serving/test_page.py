@@ -1,27 +1,20 @@
 """The page in a real browser: from the request, through the question, to the picture; by keyboard; nothing from elsewhere."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed: pip install 'personalq[dev]'")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SECONDS = 60_000  # milliseconds, as Playwright counts
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser(chromium: str) -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
-    found = os.environ.get("PERSONALQ_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
     with sync_playwright() as playwright:
-        found = found or playwright.chromium.executable_path
-        if not os.path.exists(found):
-            pytest.skip("no Chromium here: install Debian's chromium, or run 'playwright install chromium'")
-        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield opened
         opened.close()
 
