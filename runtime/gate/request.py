@@ -11,6 +11,7 @@ from personalq.errors import BundleError, PersonalQError
 from personalq.repository import Repository
 from personalq.repository.atomic import write_atomic
 from personalq.repository.identity import weights_sha256
+from personalq.repository.settings import read_settings
 
 from ..store import REFERENCE_POLICIES, Store, find
 from .baseline import default_file
@@ -102,6 +103,7 @@ def sources_of(
     return Sources(
         weights=lambda component, name: weights.component(component).read(name),
         weights_sha256=lambda: weights_sha256(base, checkpoint),
+        settings=read_settings(base, checkpoint),
         reference=reference[0] if reference and reference[0].resolve() != folder.resolve() else None,
         judge=scores,
     )
