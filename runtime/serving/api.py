@@ -35,7 +35,7 @@ class ApiError(Exception):
         self.status, self.code, self._headers = status, code, headers or {}
         self.retry_after: int | None = more.pop("retry_after", None)
         kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-        self.body = {"error": {"message": message, "type": kind, "code": code, "param": param, **more}}
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code, **more}}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -43,6 +43,21 @@ class ApiError(Exception):
         if self.retry_after is not None:
             return {"Retry-After": str(self.retry_after), **self._headers}
         return {"x-should-retry": "false", **self._headers}
+
+
+class Fault(BaseModel):
+    """What a refusal says; further fields go with some codes (`clarify`: question, options, candidates)."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Refusal(BaseModel):
+    """Every answer that is an error: OpenAI's shape. Described here, made by ApiError."""
+
+    error: Fault
 
 
 def _allow_null(schema: Json) -> None:
@@ -143,9 +158,8 @@ def check_limits(request: ImageRequest, limits: Limits) -> tuple[int | None, int
         raise ApiError(400, "size", f"size: must be 'auto' or WIDTHxHEIGHT, got {request.size!r:.40}", param="size")
     width, height = int(match[1]), int(match[2])
     if width * height > limits.pixels:
-        raise ApiError(
-            400, "limit", f"size: must be at most {limits.pixels} pixels, got {width * height}", param="size"
-        )
+        text = f"size: must be at most {limits.pixels} pixels, got {width * height}; ask for less, or for 'auto'"
+        raise ApiError(400, "limit", text, param="size")
     return width, height
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from .api import ApiError, CheckinRequest, ImageRequest, Json
+from .api import ApiError, CheckinRequest, ImageRequest, Json, Refusal
 from .catalogue import model_row, models, sheet
 from .cors import Cors
 from .guard import PICTURES, Guard
@@ -38,6 +38,7 @@ def create_app(options: ServeOptions, service: Service | None = None) -> FastAPI
     # FastAPI's own documentation page loads scripts from a CDN; ours is /docs of the page folder.
     # A slash at a path's end is taken off by the guard: a redirect would lose the scheme behind a proxy.
     told: dict[str, Any] = {"title": "PersonalQ", "version": "0.1.0", "docs_url": None, "redoc_url": None}
+    told["responses"] = {"default": {"model": Refusal, "description": "A refusal, in the shape of OpenAI's"}}
     app = FastAPI(**told, lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
     app.add_middleware(Guard, options=options, metrics=service.metrics)

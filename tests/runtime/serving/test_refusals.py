@@ -164,6 +164,14 @@ def test_a_bug_is_500_and_the_log_names_its_place_but_not_what_was_sent(
     assert served.draw(steps=1).status_code == 200
 
 
+def test_the_description_has_no_other_shape_of_refusals(served: Any) -> None:
+    described = served.client.get("/openapi.json")
+    assert "detail" not in described.text and "ValidationError" not in described.text
+    answers = [route["responses"] for methods in described.json()["paths"].values() for route in methods.values()]
+    assert answers and all("Refusal" in str(one["default"]) for one in answers)
+    assert described.json()["components"]["schemas"]["Fault"]["required"] == ["message", "type", "param", "code"]
+
+
 def test_the_official_client_raises_the_error_that_it_has_for_each(served: Any) -> None:
     openai = pytest.importorskip("openai", reason="openai is not installed: pip install 'personalq[dev]'")
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0) as client:
