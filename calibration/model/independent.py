@@ -17,7 +17,8 @@ from personalq.weights.checkpoint import CheckpointWeights, open_weights
 from personalq.weights.custom_diffusion import is_custom_diffusion, replaced_parameter
 from personalq.weights.embeddings import parts_by_encoder
 from personalq.weights.header import read_header
-from personalq.weights.lora import foreign_lengths, is_lora
+from personalq.weights.lora import foreign_lengths
+from personalq.weights.lora_names import is_lora
 
 from .conditioning import Pipe
 from .pipeline import LATENT_MODELS, TEXT_MODELS, open_base, quiet_libraries

@@ -51,16 +51,22 @@ class Embedding:
 
 
 def embedding_edits(
-    files: Sequence[TensorFile], shapes: Mapping[str, Shapes], vocabulary: frozenset[str], delta: Delta
+    files: Sequence[TensorFile],
+    shapes: Mapping[str, Shapes],
+    vocabulary: frozenset[str],
+    delta: Delta,
+    bundled: Sequence[Embedding] = (),
 ) -> None:
     """Append every file's embeddings to the token embeddings, as diffusers' load_textual_inversion does, files in order.
 
-    vocabulary: the base tokenizer's entries; the first new token gets the id len(vocabulary).
+    vocabulary: the base tokenizer's entries; the first new token gets the id len(vocabulary). bundled: embeddings that came
+    inside a LoRA file; they come first.
     """
     tables = {name: shapes[name][table] for name, table in TOKEN_TABLES.items() if name in shapes}
     rows = tables["text_encoder"][0]
     keep = len(vocabulary) or rows
-    learned = [one for file in files for one in (_of_two(file) if SECOND_ENCODER in tables else _of_one(file))]
+    learned = [*bundled]
+    learned += [one for file in files for one in (_of_two(file) if SECOND_ENCODER in tables else _of_one(file))]
     tokens: list[tuple[str, tuple[str, ...]]] = []
     for one in learned:
         _check_widths(one, tables)
