@@ -141,7 +141,8 @@ class Generalised(Kept):
         a1, a2, b1, b2 = (tensor.reshape(len(tensor), -1) for tensor in tensors)
         inputs_last = np.moveaxis(weight, 1, -1)
         turned = np.moveaxis(inputs_last @ a1 @ a2, -1, 1)
-        return weight + np.float32(self.scale) * (turned + (b1 @ b2).reshape(weight.shape))
+        change = turned + (b1 @ b2).reshape(weight.shape)
+        return np.asarray(weight + np.float32(self.scale) * change, np.float32)
 
 
 @dataclass(frozen=True)
