@@ -58,6 +58,26 @@ def test_relative_imports_stay_in_their_room(room: str) -> None:
         assert all(level <= depth for level in levels), file
 
 
+# Pieces of tensor names in files people bring: LoRA halves and prefixes, embeddings, the original layout, old prefixes.
+SPELLINGS = re.compile(
+    r"lora_(?:[AB]|down|up|mid|unet|te)|[._]lora\.|_linear_layer|hada_w|lokr_w|dora_scale|magnitude_vector"
+    r"|_custom_diffusion\b|clip_[lg]\b|emb_params|bundle_emb|string_to_param|token_embedding"
+    r"|model\.diffusion_model|cond_stage_model|first_stage_model|conditioner\.|text_model\."
+)
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_the_spelling_of_tensors_in_files_stands_in_the_reader_alone(room: str) -> None:
+    files = [file for file in sorted((ROOT / room).rglob("*.py")) if file.parent != ROOT / "personalq" / "weights"]
+    spelt = [
+        f"{file.relative_to(ROOT)}:{node.lineno}: {node.value}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and SPELLINGS.search(node.value)
+    ]
+    assert not spelt
+
+
 def fresh(code: str) -> str:
     """What a new interpreter prints for `code`."""
     command = [sys.executable, "-c", code]

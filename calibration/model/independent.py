@@ -13,6 +13,7 @@ from personalq.architecture import read_configs
 from personalq.cards.card import Card
 from personalq.errors import PersonalQError
 from personalq.repository import Repository
+from personalq.repository.settings import read_settings
 from personalq.weights.checkpoint import CheckpointWeights, open_weights
 from personalq.weights.custom_diffusion import is_custom_diffusion, replaced_parameter
 from personalq.weights.embeddings import parts_by_encoder
@@ -51,9 +52,10 @@ def checked_against(repository: Repository, card: Card) -> str:
 
 def load_by_diffusers(repository: Repository, card: Card) -> Pipe:
     """The checkpoint's FP32 pipeline as diffusers' own loaders make it. Whatever they raise comes through."""
+    base_dir, folder = repository.base_dir(card), repository.checkpoint_dir(card.id)
     with quiet_libraries():
-        pipe = open_base(repository.base_dir(card), {})
-        LOADERS[card.kind](pipe, repository.checkpoint_dir(card.id))
+        pipe = open_base(base_dir, read_settings(base_dir, folder), {})
+        LOADERS[card.kind](pipe, folder)
     return pipe
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import CardError, RepositoryError
 from ..weights.deltas import file_kind
-from ..weights.embeddings import is_embedding, named_tokens
+from ..weights.embeddings import is_embedding, learned_tokens
 from ..weights.header import Header, read_header
 from ..weights.models import REQUIRED, is_model
 from ..weights.pickles import PICKLES, pickle_refusal
@@ -56,7 +56,7 @@ def read_source(path: Path, *, base: str = "", card_id: str = "", adult: bool = 
     provenance |= given if isinstance(given, dict) else {}
     if fields.get("kind") not in (None, kind):
         warnings.append(f"card says {fields['kind']}, the weights are {kind}")
-    fields |= {"kind": kind, "provenance": provenance, "id": card_id or fields.get("id") or _plain_id(path)}
+    fields |= {"kind": kind, "provenance": provenance, "id": card_id or fields.get("id") or plain_id(path)}
     fields["base"] = base or fields.get("base") or ""
     card, notes = read_card(fields, where=str(path))
     return Source(path, card, tuple(files), headers, (*warnings, *notes))
@@ -228,9 +228,13 @@ def _from_headers(headers: Mapping[str, Header], kind: str) -> Found:
 
 
 def _from_tokens(headers: Mapping[str, Header]) -> Found:
-    embeddings = [header.shapes for header in headers.values() if is_embedding(header.shapes)]
-    tokens = [token for shapes in embeddings for token in named_tokens(shapes)]
-    return {"trigger": (tokens[:8], "learned embedding key", 0.95)}
+    tokens = [
+        token
+        for name, header in headers.items()
+        if is_embedding(header.shapes)
+        for token in learned_tokens(Path(name).stem, header.shapes)
+    ]
+    return {"trigger": (list(dict.fromkeys(tokens))[:8], "learned embedding key", 0.95)}
 
 
 def _from_lora_metadata(headers: Mapping[str, Header]) -> Found:
@@ -292,6 +296,7 @@ def _read_text(file: Path) -> str:
     return data.decode("utf-8", errors="replace")
 
 
-def _plain_id(path: Path) -> str:
+def plain_id(path: Path) -> str:
+    """The id that a file's or folder's name gives: letters, digits, dots and dashes."""
     name = path.stem if path.is_file() else path.resolve().name
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "checkpoint"

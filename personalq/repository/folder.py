@@ -18,7 +18,7 @@ from typing import Any
 from ..cards.card import Card, dump_card, folder_name, id_from_folder, parse_card
 from ..cards.catalogues import read_rows
 from ..cards.collisions import owners_of, shared_triggers
-from ..cards.importers import Source, check_pipeline, list_files, read_source
+from ..cards.importers import Source, check_pipeline, list_files, plain_id, read_source
 from ..errors import CardError, PersonalQError, RepositoryError
 from ..weights.checkpoint import check_fit
 from ..weights.header import read_header
@@ -26,6 +26,7 @@ from . import audit
 from .atomic import atomic_directory, named_failure, remove, temporary_beside, write_atomic
 from .intake import copy_files, place_files
 from .listing import card_at, listed_cards
+from .new_base import write_base
 from .sharing import forget_dangling
 
 SHIPPED = Path(__file__).resolve().parents[2] / "gallery" / "repository"
@@ -47,6 +48,14 @@ class Added:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {**self.__dict__, "trigger": list(self.trigger), "warnings": list(self.warnings)}
+
+
+@dataclass(frozen=True)
+class AddedBase:
+    """One base that ``add_base`` took in."""
+
+    id: str
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -222,9 +231,13 @@ class Repository:
             return AddResult(refused=(Refused(str(source), _one_line(error)),))
         return AddResult(added=(_added(read.card, warnings),))
 
-    def add_base(self, source: Path, *, base_id: str = "") -> str:
-        """Take in a base pipeline (a whole diffusers folder) as bases/<id>; return its id. Raises RepositoryError."""
-        files, _ = list_files(source)
+    def add_base(self, source: Path, *, base_id: str = "") -> AddedBase:
+        """Take in a base pipeline, a diffusers folder or one file, as bases/<id>. Raises RepositoryError."""
+        files, warnings = list_files(source)
+        if source.is_file():
+            name = base_id or plain_id(source)
+            with atomic_directory(self._base_folder(name)) as folder:
+                return AddedBase(name, write_base(source, folder))
         name = base_id or source.resolve().name
         if not (source / "model_index.json").is_file():
             raise RepositoryError(
@@ -233,7 +246,7 @@ class Repository:
         check_pipeline(source, [name for name, file in files if name.endswith(".safetensors") and read_header(file)])
         with atomic_directory(self._base_folder(name)) as folder:
             copy_files(files, folder)
-        return name
+        return AddedBase(name, tuple(warnings))
 
     def add_cards(self, file: Path, *, adult: bool = False) -> AddResult:
         """Take in a file of cards without weights, all in one atomic rewrite; bad entries are refused one by one.

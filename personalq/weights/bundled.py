@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import RepositoryError
 from .edits import Shapes, row_count
-from .embeddings import Embedding
+from .embeddings import Embedding, Vectors
 from .lora_names import BUNDLED
 from .models import SECOND_ENCODER
 from .tensorfile import TensorFile
@@ -52,4 +52,4 @@ def _embedding(file: TensorFile, token: str, tensors: dict[str, str], has_two: b
         raise RepositoryError(
             f"{file.path.name}: {BUNDLED}{token}: must hold {wanted}, got {got}; train the LoRA without this embedding"
         )
-    return Embedding(file, token, keys)
+    return Embedding(token, {encoder: Vectors(file, key) for encoder, key in keys.items()})

@@ -14,8 +14,7 @@ from pathlib import Path
 from ..errors import RepositoryError
 from .deltas import delta_of, file_kind
 from .edits import ANOTHER_BASE, Delta, Edit
-from .embeddings import TOKEN_EMBEDDING
-from .models import COMPONENTS, REQUIRED, Model, Stored, read_models, read_vocabulary
+from .models import COMPONENTS, REQUIRED, TOKEN_EMBEDDING, Model, Stored, read_models, read_vocabulary
 from .original import read_original
 from .pickles import refuse_pickles
 from .tensorfile import Array, TensorFile
@@ -110,7 +109,8 @@ def _over(
         return _checkpoint(base_dir, base, whole, source, Delta())
     _check_kinds(source, files, kind)
     _check_required(base_dir, base)
-    return _checkpoint(base_dir, base, {}, base_dir, delta_of(files, shapes_of(base), read_vocabulary(base_dir)))
+    vocabulary = read_vocabulary(source) or read_vocabulary(base_dir)
+    return _checkpoint(base_dir, base, {}, source, delta_of(files, shapes_of(base), vocabulary))
 
 
 def _checkpoint(
@@ -133,6 +133,11 @@ def _checkpoint(
     }
     rows = models["text_encoder"].shapes().get(TOKEN_EMBEDDING, (0,))[0]
     first = len(read_vocabulary(tokenizer_dir) or read_vocabulary(base_dir)) or rows
+    if first > rows:
+        raise RepositoryError(
+            f"{tokenizer_dir}/tokenizer: must have at most the {rows} tokens of the text encoder, got {first}; "
+            "add it with the text encoder that it was saved with"
+        )
     return CheckpointWeights(components, delta.added_tokens, first)
 
 

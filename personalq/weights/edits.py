@@ -128,16 +128,20 @@ class Replaced(Kept):
 
 @dataclass(frozen=True)
 class AppendedRows(Kept):
-    """The base's first `keep` rows, then every row of the named tensors: (n, C) or (C,), in order."""
+    """The base's first `keep` rows, then rows of the named tensors, in order: (n, C) or (C,), one of them or all (None)."""
 
     keep: int
-    parts: tuple[tuple[TensorFile, str], ...]
+    parts: tuple[tuple[TensorFile, str, int | None], ...]
 
     def shape(self, base: tuple[int, ...]) -> tuple[int, ...]:
-        return (self.keep + sum(row_count(file.shape(name)) for file, name in self.parts), base[1])
+        added = (row_count(file.shape(name)) if row is None else 1 for file, name, row in self.parts)
+        return (self.keep + sum(added), base[1])
 
     def apply(self, base: Array) -> Float:
-        rows = [file.read(name).astype(np.float32).reshape(-1, base.shape[1]) for file, name in self.parts]
+        rows = [
+            file.read(name).astype(np.float32).reshape(-1, base.shape[1])[slice(row, None if row is None else row + 1)]
+            for file, name, row in self.parts
+        ]
         table: Float = np.concatenate([np.asarray(base[: self.keep], np.float32), *rows])
         return table
 

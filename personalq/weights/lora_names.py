@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from ..errors import RepositoryError
 from .edits import Shapes, unmatched
-from .embeddings import TOKEN_EMBEDDING
-from .models import SECOND_ENCODER
+from .models import SECOND_ENCODER, TOKEN_EMBEDDING
 from .original import UNET, places
 from .tensorfile import TensorFile
 

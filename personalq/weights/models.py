@@ -14,6 +14,7 @@ from .tensorfile import Array, TensorFile
 SECOND_ENCODER = "text_encoder_2"
 REQUIRED = ("unet", "text_encoder", "vae")
 COMPONENTS = ("unet", "text_encoder", SECOND_ENCODER, "vae")
+TOKEN_EMBEDDING = "embeddings.token_embedding.weight"  # of a text encoder
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}  # a text encoder's is 'model'
 _STEMS = ("diffusion_pytorch_model", "model")
 _VARIANTS = ("", ".fp16", ".bf16", ".non_ema")
