@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import RepositoryError
 from .algorithms import Trained, edit_of
 from .edits import ANOTHER_BASE, Added, Delta, Shapes
 from .lora_names import Module, lengths, parts_by_module
+from .models import COMPONENTS
 from .tensorfile import TensorFile
 
 Settings = Mapping[str, object]  # of one component, as peft names them: r, lora_alpha, use_rslora, alpha_pattern, ...
 
-PEFT_FILE = "adapter_model"  # what peft calls its weights; the folder they lie in is the component's
+_PEFT_FILE = "adapter_model.safetensors"  # in unet/, text_encoder/ or alone
 _PEFT_CONFIG = "adapter_config.json"
 _PEFT_TYPES = ("LORA", "LOHA", "LOKR")
 _BIASES = ("bias", "diff_b", "b_norm")
@@ -32,11 +34,21 @@ def foreign_lengths(shapes: Shapes) -> list[str]:
     return [name for name in lengths([*shapes]) if not peft.search(name) or name.startswith("text_encoder")]
 
 
+def adapter_paths(folder: Path) -> list[Path]:
+    """peft's own files in a checkpoint's folder, one in the sub-folder of each component that was trained."""
+    paths = (folder / component / _PEFT_FILE for component in COMPONENTS)
+    return [path for path in paths if path.is_file()]
+
+
+def is_adapter(path: Path) -> bool:
+    """Tell whether a file is one of `adapter_paths`."""
+    return path.name == _PEFT_FILE and path.parent.name in COMPONENTS
+
+
 def lora_edits(file: TensorFile, shapes: Mapping[str, Shapes], delta: Delta) -> None:
     """Put the edits of every module that was trained into `delta`. shapes: component -> parameter -> shape of the base."""
-    folder = file.path.parent.name
-    home = folder if file.path.name.startswith(PEFT_FILE) and folder in shapes else ""
-    settings = _settings(file, home)
+    home = file.path.parent.name if is_adapter(file.path) else ""
+    settings = _settings(file, [home] if home else [*shapes])
     modules = parts_by_module(file, shapes, home)
     is_dora = any(said.get("use_dora") for said in settings.values())
     if is_dora and not lengths(file.names()):
@@ -117,18 +129,24 @@ class _Factor:
         return float(chosen)
 
 
-def _settings(file: TensorFile, home: str) -> dict[str, Settings]:
-    """component -> peft's configuration: of the file's metadata (diffusers), or of adapter_config.json beside it (peft)."""
-    if home and (beside := file.path.with_name(_PEFT_CONFIG)).is_file():
-        return {home: _peft_settings(f"{home}/{_PEFT_CONFIG}", beside.read_text(encoding="utf-8", errors="replace"))}
+def _settings(file: TensorFile, components: Sequence[str]) -> dict[str, Settings]:
+    """component -> peft's configuration: of adapter_config.json beside a file of peft's, else of the metadata (diffusers')."""
+    if file.path.name == _PEFT_FILE:
+        beside = file.path.with_name(_PEFT_CONFIG)
+        if not beside.is_file():
+            raise RepositoryError(
+                f"{beside}: must be there, it says the LoRA's alpha, got nothing; copy it from beside it"
+            )
+        settings = _peft_settings(str(beside), beside.read_text(encoding="utf-8", errors="replace"))
+        return dict.fromkeys(components, settings)
     metadata = _json_object(
         f"{file.path.name}: lora_adapter_metadata", file.metadata.get("lora_adapter_metadata", "{}")
     )
-    settings: dict[str, dict[str, object]] = {}
+    found: dict[str, dict[str, object]] = {}
     for key, value in metadata.items():
         component, _, name = key.partition(".")
-        settings.setdefault(component, {})[name] = value
-    return dict(settings)
+        found.setdefault(component, {})[name] = value
+    return dict(found)
 
 
 def _peft_settings(where: str, text: str) -> Settings:

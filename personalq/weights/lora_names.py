@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..errors import RepositoryError
 from .edits import Shapes, unmatched
+from .marks import is_mark
 from .models import SECOND_ENCODER, TOKEN_EMBEDDING
 from .original import UNET, places
 from .tensorfile import TensorFile
@@ -65,6 +66,8 @@ _PREFIXES: Mapping[str, tuple[str, ...]] = {
         *("clip_g_", "clip_g_transformer_", "text_encoders_clip_g_transformer_"),
     ),
 }
+_KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+_COMPONENTS = tuple(f"{component}." for component in _PREFIXES)
 # With one text encoder no name of its own is needed; SD2's is ComfyUI's clip_h.
 _ONLY_ENCODER = ("", _PEFT, "clip_h_", "clip_h_transformer_", "text_encoders_clip_h_transformer_")
 _ORIGINAL = ("", "unet_", "lora_unet_", "diffusion_model_", "model_diffusion_model_", _PEFT)
@@ -102,12 +105,22 @@ class Module:
 
 def is_lora(shapes: Shapes) -> bool:
     """Tell whether a file has a tensor that is spelled as part of a LoRA or one of LyCORIS' algorithms, known or not."""
-    return any(_LORA.search(name) or name.endswith(_OWN) or _ADAPTER.search(name) for name in shapes)
+    return any(_LORA.search(n) or n.endswith(_OWN) or _ADAPTER.search(n) or n.startswith(BUNDLED) for n in shapes)
 
 
 def lengths(names: Sequence[str]) -> list[str]:
     """The tensors that are a DoRA's lengths."""
     return [name for name in names if _ADAPTER.sub(r".\1", name).endswith(_LENGTHS)]
+
+
+def unread_names(shapes: Shapes) -> list[str]:
+    """What diffusers 0.42.1 passes over without a word: names without a component, and alphas of attention processors.
+
+    Empty for files that it converts (kohya-ss), and for those that it refuses.
+    """
+    if all(name.startswith(_KOHYA) for name in shapes) or not all("lora" in name for name in shapes):
+        return []
+    return [name for name in shapes if not name.startswith(_COMPONENTS) or name.endswith("_lora.alpha")]
 
 
 def parts_by_module(file: TensorFile, shapes: Mapping[str, Shapes], home: str = "") -> dict[Module, dict[str, str]]:
@@ -118,7 +131,7 @@ def parts_by_module(file: TensorFile, shapes: Mapping[str, Shapes], home: str = 
     table = spellings(shapes)
     modules: dict[Module, dict[str, str]] = {}
     unknown, adapters = [], set()
-    for key in (name for name in file.names() if not name.startswith(BUNDLED)):
+    for key in (name for name in file.names() if not name.startswith(BUNDLED) and not is_mark(name)):
         plain = _ADAPTER.sub(r".\1", key)
         adapters |= {match[2] for match in [_ADAPTER.search(key)] if match}
         ending = _ending(plain)

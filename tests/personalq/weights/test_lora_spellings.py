@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,11 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 pytest.importorskip("peft", reason="peft is not installed: pip install 'personalq[export]'")
 
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: E402  (after the skip)
-from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
-from personalq.errors import RepositoryError  # noqa: E402
-from personalq.weights.bundled import bundled_tokens  # noqa: E402
-from personalq.weights.checkpoint import CheckpointWeights, open_weights, shapes_of  # noqa: E402
-from personalq.weights.deltas import delta_of, file_kind  # noqa: E402
-from personalq.weights.edits import Delta  # noqa: E402
-from personalq.weights.lora import foreign_lengths  # noqa: E402
-from personalq.weights.models import read_models, read_vocabulary  # noqa: E402
+from personalq.weights.checkpoint import CheckpointWeights, open_weights  # noqa: E402
 from personalq.weights.original import UNET, places  # noqa: E402
-from personalq.weights.tensorfile import TensorFile  # noqa: E402
 from tests.exporters import architectures  # noqa: E402
-from tests.personalq.weights.test_deltas import refused  # noqa: E402
 
 TOLERANCE = 1e-6  # of a parameter's largest value: float32 on both sides, only the order of additions differs
 PIPELINES = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
