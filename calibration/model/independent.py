@@ -18,7 +18,8 @@ from personalq.weights.checkpoint import CheckpointWeights, open_weights
 from personalq.weights.custom_diffusion import is_custom_diffusion, replaced_parameter
 from personalq.weights.embeddings import parts_by_encoder
 from personalq.weights.header import read_header
-from personalq.weights.lora import foreign_lengths, is_lora
+from personalq.weights.lora import foreign_lengths
+from personalq.weights.lora_names import is_lora, unread_names
 
 from .conditioning import Pipe
 from .pipeline import LATENT_MODELS, TEXT_MODELS, open_base, quiet_libraries
@@ -78,8 +79,11 @@ def _differences(pipe: Pipe, weights: CheckpointWeights, components: list[str]) 
 def _dropped(folder: Path) -> str:
     """What diffusers 0.42.1 is known to leave out of a file without an error; '' when nothing."""
     for file in sorted(folder.glob("*.safetensors")):
-        if lost := foreign_lengths(read_header(file).shapes):
+        shapes = read_header(file).shapes
+        if lost := foreign_lengths(shapes):
             return f"drops the lengths of this DoRA ({lost[0]})"
+        if is_lora(shapes) and (unread := unread_names(shapes)):
+            return f"passes over some names of this LoRA ({unread[0]})"
     return ""
 
 

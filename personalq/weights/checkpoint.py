@@ -14,6 +14,7 @@ from pathlib import Path
 from ..errors import RepositoryError
 from .deltas import delta_of, file_kind
 from .edits import ANOTHER_BASE, Delta, Edit
+from .lora import adapter_paths, is_adapter
 from .models import COMPONENTS, REQUIRED, TOKEN_EMBEDDING, Model, Stored, read_models, read_vocabulary
 from .original import read_original
 from .pickles import refuse_pickles
@@ -107,6 +108,7 @@ def _over(
         whole = _whole(source, files, base)
         _check_whole(source, base, whole)
         return _checkpoint(base_dir, base, whole, source, Delta())
+    files += [TensorFile(path) for path in adapter_paths(source)]
     _check_kinds(source, files, kind)
     _check_required(base_dir, base)
     vocabulary = read_vocabulary(source) or read_vocabulary(base_dir)
@@ -192,6 +194,8 @@ def _check_kinds(source: Path, files: Sequence[TensorFile], kind: str) -> None:
         found = [f"{file.path.name} ({kind})" for file, kind in zip(files, kinds, strict=True)]
         got = ", ".join(found[:3]) or "no safetensors file"
         raise RepositoryError(f"{source}: must hold {kind} weights as safetensors, got {got}; add the checkpoint again")
+    beside = [kind for file, kind in zip(files, kinds, strict=True) if not is_adapter(file.path)]
+    kinds = beside if len(beside) == len(files) else [*beside, "lora"]  # peft's files are one LoRA
     for single in ("lora", "custom_diffusion"):
         if kinds.count(single) > 1:
             raise RepositoryError(

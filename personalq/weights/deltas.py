@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from .bundled import bundled_embeddings
 from .custom_diffusion import custom_diffusion_edits, is_custom_diffusion
 from .edits import Delta, Shapes, unmatched
 from .embeddings import embedding_edits, is_embedding, learned_tokens
-from .lora import is_lora, lora_edits
+from .lora import lora_edits
+from .lora_names import is_lora
+from .models import SECOND_ENCODER
 from .original import is_original
 from .tensorfile import TensorFile
 
@@ -31,6 +34,7 @@ def delta_of(files: Sequence[TensorFile], base: Mapping[str, Shapes], vocabulary
     Raises RepositoryError for whatever does not fit the base, and for a tensor that nothing would use.
     """
     delta, embeddings = Delta(), []
+    bundled = [one for file in files for one in bundled_embeddings(file, SECOND_ENCODER in base)]
     for file in files:
         kind = file_kind(file.shapes)
         if kind == "lora":
@@ -41,7 +45,7 @@ def delta_of(files: Sequence[TensorFile], base: Mapping[str, Shapes], vocabulary
             embeddings.append(file)
         else:
             raise unmatched(file, file.names())
-    embedding_edits(embeddings, base, vocabulary, delta)
+    embedding_edits(embeddings, base, vocabulary, delta, bundled)
     return delta
 
 

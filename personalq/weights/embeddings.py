@@ -78,15 +78,20 @@ class Embedding:
 
 
 def embedding_edits(
-    files: Sequence[TensorFile], shapes: Mapping[str, Shapes], vocabulary: frozenset[str], delta: Delta
+    files: Sequence[TensorFile],
+    shapes: Mapping[str, Shapes],
+    vocabulary: frozenset[str],
+    delta: Delta,
+    bundled: Sequence[Embedding] = (),
 ) -> None:
     """Append every file's embeddings to the token embeddings, as diffusers' load_textual_inversion does, files in order.
 
-    vocabulary: the base tokenizer's entries; the first new token gets the id len(vocabulary).
+    vocabulary: the base tokenizer's entries; the first new token gets the id len(vocabulary). bundled: embeddings that came
+    inside a LoRA file; they come first.
     """
     tables = {name: shapes[name][table] for name, table in TOKEN_TABLES.items() if name in shapes}
     keep = len(vocabulary) or tables["text_encoder"][0]
-    learned = _learned(files, tables)
+    learned = [*bundled, *_learned(files, tables)]
     tokens: list[tuple[str, tuple[str, ...]]] = []
     for one in learned:
         _check_widths(one, tables)

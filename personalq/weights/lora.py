@@ -1,221 +1,170 @@
-"""LoRA and DoRA files to edits: the spellings of diffusers 0.42, peft and kohya-ss, UNet and text encoders, Linear and Conv2d.
+"""LoRA, DoRA and LyCORIS files to edits: their factors (alpha, rank, configuration), and one edit per parameter.
 
 W' = W + alpha/r * up @ down (Hu et al. 2021); DoRA (Liu et al. 2024) then gives every output the length the file says.
-Only headers and the small `.alpha` tensors are read here.
+Alpha is the module's own tensor, else what diffusers' metadata or peft's adapter_config.json say, else r: kohya-ss,
+diffusers and ComfyUI take it so. Only headers and tensors of one number are read here.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from pathlib import Path
 
 from ..errors import RepositoryError
-from .edits import ANOTHER_BASE, Added, Delta, Edit, LowRank, Scaled, Shapes, unmatched
-from .original import UNET, places
+from .algorithms import Trained, edit_of
+from .edits import ANOTHER_BASE, Added, Delta, Shapes
+from .lora_names import Module, lengths, parts_by_module
+from .models import COMPONENTS
 from .tensorfile import TensorFile
 
-# LoRA spellings, longest first: (ending of the key, which half it is). `X` is then the module's name.
-_HALVES = {
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    ".lora_B.bias": "bias",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".lora_magnitude_vector": "magnitude",
-    ".dora_scale": "dora_scale",
-    ".alpha": "alpha",
-}
-# What old attention processors called the projections of a text encoder.
-_OLD_TEXT = {".to_q": ".q_proj", ".to_k": ".k_proj", ".to_v": ".v_proj", ".to_out": ".out_proj"}
-_KOHYA = {"lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder"}
-_LORA = re.compile(r"(?:^|[._])lora[._]")
+Settings = Mapping[str, object]  # of one component, as peft names them: r, lora_alpha, use_rslora, alpha_pattern, ...
 
-
-def is_lora(shapes: Shapes) -> bool:
-    """Tell whether a file has a tensor that is spelled as part of a LoRA, known or not."""
-    return any(_LORA.search(name) or name.endswith(tuple(_HALVES)) for name in shapes)
+_PEFT_FILE = "adapter_model.safetensors"  # in unet/, text_encoder/ or alone
+_PEFT_CONFIG = "adapter_config.json"
+_PEFT_TYPES = ("LORA", "LOHA", "LOKR")
+_BIASES = ("bias", "diff_b", "b_norm")
 
 
 def foreign_lengths(shapes: Shapes) -> list[str]:
     """The lengths of a DoRA that peft did not write for a UNet: kohya's and LyCORIS', and those of a text encoder."""
-    return [n for n in _lengths(shapes) if not n.endswith(".lora_magnitude_vector") or n.startswith("text_encoder")]
+    peft = re.compile(r"\.lora_magnitude_vector(?:\.weight)?$")
+    return [name for name in lengths([*shapes]) if not peft.search(name) or name.startswith("text_encoder")]
 
 
-def _lengths(shapes: Shapes) -> list[str]:
-    endings = tuple(ending for ending, half in _HALVES.items() if half in ("magnitude", "dora_scale"))
-    return [name for name in shapes if name.endswith(endings)]
+def adapter_paths(folder: Path) -> list[Path]:
+    """peft's own files in a checkpoint's folder, one in the sub-folder of each component that was trained."""
+    paths = (folder / component / _PEFT_FILE for component in COMPONENTS)
+    return [path for path in paths if path.is_file()]
 
 
-@dataclass(frozen=True)
-class _Module:
-    component: str
-    name: str
+def is_adapter(path: Path) -> bool:
+    """Tell whether a file is one of `adapter_paths`."""
+    return path.name == _PEFT_FILE and path.parent.name in COMPONENTS
 
 
 def lora_edits(file: TensorFile, shapes: Mapping[str, Shapes], delta: Delta) -> None:
-    """Put one edit per LoRA module into `delta`. shapes: component -> parameter -> shape of the base."""
-    metadata = _adapter_metadata(file)
-    kohya = _kohya_names(shapes) if any(name.startswith("lora_") for name in file.names()) else {}
-    modules: dict[_Module, dict[str, str]] = {}
-    unknown = []
-    for key in file.names():
-        module, half = _lora_module(key, shapes, kohya)
-        if module is None:
-            unknown.append(key)
-        else:
-            modules.setdefault(module, {})[half] = key
-    if unknown:
-        raise unmatched(file, unknown)
-    for module, halves in modules.items():
-        _put_module(file, module, halves, shapes[module.component], metadata, delta)
+    """Put the edits of every module that was trained into `delta`. shapes: component -> parameter -> shape of the base."""
+    home = file.path.parent.name if is_adapter(file.path) else ""
+    settings = _settings(file, [home] if home else [*shapes])
+    modules = parts_by_module(file, shapes, home)
+    is_dora = any(said.get("use_dora") for said in settings.values())
+    if is_dora and not lengths(file.names()):
+        raise RepositoryError(f"{file.path.name}: a DoRA must hold its lengths, got none; save the LoRA again")
+    for module, parts in modules.items():
+        _put_module(file, module, parts, shapes[module.component], settings.get(module.component, {}), delta)
 
 
 def _put_module(
-    file: TensorFile, module: _Module, halves: dict[str, str], shapes: Shapes, metadata: dict[str, object], delta: Delta
+    file: TensorFile, module: Module, parts: dict[str, str], shapes: Shapes, settings: Settings, delta: Delta
 ) -> None:
     where = f"{file.path.name}: {module.component}.{module.name}"
-    if not {"down", "up"} <= halves.keys():
-        raise RepositoryError(
-            f"{where}: must have both LoRA halves, got {', '.join(sorted(halves))}; copy the file again"
-        )
-    parameter = f"{module.name}.weight"
-    down, up, base = file.shape(halves["down"]), file.shape(halves["up"]), shapes[parameter]
-    is_matching = len(down) > 1 and len(up) > 1 and up[1] == down[0] and up[0] == base[0] and set(up[2:]) <= {1}
-    if not is_matching or down[1] != base[1] or (down[2:] or (1, 1)) != (base[2:] or (1, 1)):
-        got = f"up {list(up)} @ down {list(down)}"
-        raise RepositoryError(f"{where}: must fit the base's {list(base)}, got {got}; {ANOTHER_BASE}")
-    scale = _scale(file, module, halves, down[0], metadata)
-    merged = LowRank(file, halves["down"], halves["up"], scale)
-    delta.put(module.component, parameter, _scaled(where, file, halves, base, merged))
-    if "bias" in halves:
-        if shapes.get(f"{module.name}.bias") != file.shape(halves["bias"]):
+    factor = _Factor(file, module, parts, settings)
+    trained = Trained(file, where, parts, shapes[f"{module.name}.weight"], factor.of_rank)
+    delta.put(module.component, f"{module.name}.weight", edit_of(trained))
+    biases = [part for part in _BIASES if part in parts]
+    if len(biases) > 1:
+        raise RepositoryError(f"{where}: must have one change of its bias, got {' and '.join(biases)}; save it again")
+    for part in biases:
+        if shapes.get(f"{module.name}.bias") != trained.shape(part):
             raise RepositoryError(
-                f"{where}: LoRA bias must fit the base's bias, got {list(file.shape(halves['bias']))}; {ANOTHER_BASE}"
+                f"{where}: {'LoRA bias' if part == 'bias' else part} must fit the base's bias, "
+                f"got {list(trained.shape(part))}; {ANOTHER_BASE}"
             )
-        delta.put(module.component, f"{module.name}.bias", Added(file, halves["bias"], scale))
+        scale = trained.scale(trained.shape("down")[0]) if part == "bias" else 1.0
+        delta.put(module.component, f"{module.name}.bias", Added(file, parts[part], scale))
 
 
-def _scaled(where: str, file: TensorFile, halves: dict[str, str], base: tuple[int, ...], merged: LowRank) -> Edit:
-    """The merged weight with its lengths, for a DoRA; without them as it is.
+@dataclass(frozen=True)
+class _Factor:
+    """What one module's change is multiplied with."""
 
-    peft has one length an output. `dora_scale` (LyCORIS) has (out, 1, ...), or (1, in, ...) when it was trained per input.
-    """
-    name = halves.get("magnitude") or halves.get("dora_scale")
-    if name is None:
-        return merged
-    shape = file.shape(name)
-    per_input = "dora_scale" in halves and shape[:1] == (1,) and shape[1:2] == base[1:2] and base[0] != 1
-    axis = 1 if per_input else 0
-    if prod(shape) != base[axis]:
-        raise RepositoryError(
-            f"{where}: DoRA lengths must fit the base's {list(base)}, got {list(shape)}; {ANOTHER_BASE}"
-        )
-    return Scaled(merged, name, axis)
+    file: TensorFile
+    module: Module
+    parts: Mapping[str, str]
+    settings: Settings
 
+    def of_rank(self, rank: int) -> float:
+        """alpha / rank. rank 0: the tensors have none (LoKr of two whole matrices); then peft's own, else no factor at all."""
+        if "alpha" in self.parts and rank:
+            return self._stored() / rank
+        if "lora_alpha" not in self.settings or not (rank or "r" in self.settings):
+            return 1.0
+        alpha = self._by_pattern("alpha_pattern", "lora_alpha")
+        rank = rank or int(self._by_pattern("rank_pattern", "r"))
+        return alpha / (rank**0.5 if self.settings.get("use_rslora") else rank)
 
-def _scale(file: TensorFile, module: _Module, halves: dict[str, str], rank: int, metadata: dict[str, object]) -> float:
-    """alpha / r; alpha from the module's own tensor, else diffusers' adapter metadata, else r as diffusers does."""
-    if "alpha" in halves:
-        return float(file.read(halves["alpha"]).reshape(-1)[0]) / rank
-    prefix = f"{module.component}."
-    config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    if "lora_alpha" not in config:
-        return 1.0
-    alpha = _by_pattern(file, config.get("alpha_pattern"), module.name, config["lora_alpha"])
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _by_pattern(file: TensorFile, patterns: object, name: str, default: object) -> float:
-    """peft's alpha_pattern: module name (or its end) -> value. Plain names only: a regex could run forever."""
-    chosen = default
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        plain = str(pattern).removeprefix("^").replace("\\.", ".")
-        if re.search(r"[^\w.]", plain):
+    def _stored(self) -> float:
+        """The `.alpha` tensor: one number. LyCORIS takes 0 for the rank, diffusers for no change at all."""
+        values = self.file.read(self.parts["alpha"]).reshape(-1)
+        if values.size != 1 or not values[0]:
             raise RepositoryError(
-                f"{file.path.name}: alpha_pattern must name modules plainly, got {pattern!r}; write it out"
+                f"{self.file.path.name}: {self.parts['alpha']}: must be one number that is not 0, "
+                f"got {values.tolist()[:3]}; save the LoRA again"
             )
-        plain = plain.removeprefix("text_model.")
-        if name == plain or (name.endswith(f".{plain}") and not str(pattern).startswith("^")):
-            chosen = value
-            break
-    if not isinstance(chosen, int | float):
+        return float(values[0])
+
+    def _by_pattern(self, patterns: str, default: str) -> float:
+        """peft's alpha_pattern and rank_pattern: module name (or its end) -> value. Plain names: a regex could run forever."""
+        chosen, name = self.settings[default], self.module.name
+        said = self.settings.get(patterns)
+        for pattern, value in said.items() if isinstance(said, dict) else ():
+            plain = str(pattern).removeprefix("^").replace("\\.", ".")
+            if re.search(r"[^\w.]", plain):
+                raise RepositoryError(
+                    f"{self.file.path.name}: {patterns} must name modules plainly, got {pattern!r}; write it out"
+                )
+            plain = plain.removeprefix("text_model.")
+            if name.removeprefix("text_model.") == plain or (
+                name.endswith(f".{plain}") and not str(pattern).startswith("^")
+            ):
+                chosen = value
+                break
+        if not isinstance(chosen, int | float) or (default == "r" and chosen < 1):
+            raise RepositoryError(
+                f"{self.file.path.name}: {name}: {default} must be a number, got {chosen!r}; save the LoRA again"
+            )
+        return float(chosen)
+
+
+def _settings(file: TensorFile, components: Sequence[str]) -> dict[str, Settings]:
+    """component -> peft's configuration: of adapter_config.json beside a file of peft's, else of the metadata (diffusers')."""
+    if file.path.name == _PEFT_FILE:
+        beside = file.path.with_name(_PEFT_CONFIG)
+        if not beside.is_file():
+            raise RepositoryError(
+                f"{beside}: must be there, it says the LoRA's alpha, got nothing; copy it from beside it"
+            )
+        settings = _peft_settings(str(beside), beside.read_text(encoding="utf-8", errors="replace"))
+        return dict.fromkeys(components, settings)
+    metadata = _json_object(
+        f"{file.path.name}: lora_adapter_metadata", file.metadata.get("lora_adapter_metadata", "{}")
+    )
+    found: dict[str, dict[str, object]] = {}
+    for key, value in metadata.items():
+        component, _, name = key.partition(".")
+        found.setdefault(component, {})[name] = value
+    return dict(found)
+
+
+def _peft_settings(where: str, text: str) -> Settings:
+    settings = _json_object(where, text)
+    kind = settings.get("peft_type")
+    if kind not in _PEFT_TYPES:
         raise RepositoryError(
-            f"{file.path.name}: {name}: lora_alpha must be a number, got {chosen!r}; save the LoRA again"
+            f"{where}: peft_type must be one of {', '.join(_PEFT_TYPES)}, got {kind!r}; merge it into a whole model"
         )
-    return float(chosen)
+    # LoHa's and LoKr's configurations have plain `alpha`
+    return {"lora_alpha": settings["alpha"], **settings} if "alpha" in settings else settings
 
 
-def _adapter_metadata(file: TensorFile) -> dict[str, object]:
-    text = file.metadata.get("lora_adapter_metadata")
+def _json_object(where: str, text: str) -> dict[str, object]:
     try:
-        metadata = json.loads(text) if text else {}
+        content = json.loads(text)
     except ValueError:
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise RepositoryError(
-            f"{file.path.name}: lora_adapter_metadata must be a JSON object, got {text!r:.60}; save it again"
-        )
-    is_dora = any(key.endswith("use_dora") and value for key, value in metadata.items())
-    if is_dora and not _lengths(file.shapes):
-        raise RepositoryError(f"{file.path.name}: a DoRA must hold its lengths, got none; save the LoRA again")
-    return metadata
-
-
-def _lora_module(key: str, shapes: Mapping[str, Shapes], kohya: dict[str, _Module]) -> tuple[_Module | None, str]:
-    """The base's module a key belongs to (None: no such module), and which half of the LoRA it is."""
-    ending = next((ending for ending in _HALVES if key.endswith(ending)), None)
-    if ending is None:
-        return None, ""
-    stem = key.removesuffix(ending)
-    if stem in kohya:
-        return kohya[stem], _HALVES[ending]
-    component = next((name for name in shapes if stem.startswith(f"{name}.")), "unet")
-    name = stem.removeprefix(f"{component}.").replace(".processor.", ".")
-    for candidate in (name, *_older_spellings(component, name)):
-        if f"{candidate}.weight" in shapes.get(component, {}):
-            return _Module(component, candidate), _HALVES[ending]
-    return None, ""
-
-
-def _older_spellings(component: str, name: str) -> tuple[str, ...]:
-    if component == "unet":
-        return (f"{name}.0",) if name.endswith(".to_out") else ()
-    plain = name.removeprefix("text_model.")
-    old = next((plain.removesuffix(end) + new for end, new in _OLD_TEXT.items() if plain.endswith(end)), plain)
-    return plain, old, f"text_model.{plain}", f"text_model.{old}"
-
-
-def _kohya_names(shapes: Mapping[str, Shapes]) -> dict[str, _Module]:
-    """kohya-ss writes a module's dots as underscores; the way back is a table made from the base's own names."""
-    table = {}
-    for prefix, component in _KOHYA.items():
-        for parameter in shapes.get(component, {}):
-            module = _Module(component, parameter.removesuffix(".weight"))
-            flat = module.name.replace(".", "_")
-            table[prefix + flat] = module
-            if component != "unet":
-                table[f"{prefix}text_model_{flat}"] = module
-    return table | _original_names(shapes.get("unet", {}))
-
-
-def _original_names(unet: Shapes) -> dict[str, _Module]:
-    """SDXL's kohya files name UNet modules as the original layout does: lora_unet_input_blocks_4_1_..."""
-    try:
-        found = places("unet", {name: shape for name, shape in unet.items() if name.endswith(".weight")}, frozenset())
-    except RepositoryError:
-        return {}  # a UNet that the original layout has no names for
-    ends = {name: place.name.removeprefix(UNET).removesuffix(".weight") for name, place in found.items()}
-    return {
-        f"lora_unet_{end.replace('.', '_')}": _Module("unet", name.removesuffix(".weight"))
-        for name, end in ends.items()
-    }
+        content = None
+    if not isinstance(content, dict):
+        raise RepositoryError(f"{where} must be a JSON object, got {text!r:.60}; save it again")
+    return content
