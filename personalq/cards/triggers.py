@@ -26,7 +26,10 @@ def with_tokens(card: Card, added: Sequence[str], vocabulary: frozenset[str]) ->
         )
     if not added or any(token in trigger for trigger in card.trigger for token in added):
         return card, ()
-    tokens = ("".join(added),) if card.kind == "lora" else tuple(added)
+    is_pivotal = card.kind == "lora" and all(map(_ADDED.fullmatch, added))
+    if card.kind == "lora" and not is_pivotal:  # embeddings beside words that the LoRA was trained on
+        return card.model_copy(update={"trigger": (*added, *card.trigger)}), ()
+    tokens = ("".join(added),) if is_pivotal else tuple(added)
     if not card.trigger:
         return card.model_copy(update={"trigger": tokens}), ()
     said, found = ", ".join(map(repr, card.trigger)), ", ".join(map(repr, added))
