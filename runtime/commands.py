@@ -18,9 +18,7 @@ _DRAWING = (
     click.option("--steps", type=click.IntRange(min=1), help="Denoising steps. Default: what the base recommends."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     _TARGET,
-    click.option(
-        "--sampler", default="ddim", show_default=True, help="ddim, euler, euler_a, dpmpp_2m[_karras] or lcm."
-    ),
+    click.option("--sampler", help="ddim, euler, euler_a, dpmpp_2m[_karras], pndm or lcm. Default: the base's own."),
 )
 _EXPORTING = (
     click.option("--spec", type=_FILE, help="A file, or 'fp16' (nothing quantised). Default: the last one calibrated."),

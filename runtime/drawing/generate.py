@@ -73,7 +73,7 @@ def generate(
     )
 
 
-def order_of(*, checkpoint: str, target: str, seed: int, steps: int | None, sampler: str) -> Order:
+def order_of(*, checkpoint: str, target: str, seed: int, steps: int | None, sampler: str | None) -> Order:
     """The order that the options of `personalq generate` make."""
     return Order(checkpoint, target, seed, settings=Settings(steps=steps, sampler=sampler))
 

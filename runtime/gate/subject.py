@@ -85,6 +85,7 @@ class Subject:
         self.prompts: list[str] = json.loads(self.notes.get("prompts", "[]"))
         self.steps = int(self.notes.get("steps", self.manifest.steps))
         self.guidance = float(self.notes.get("guidance", self.manifest.guidance))
+        self.sampler = self.notes.get("sampler", "ddim")  # goldens that do not say were drawn by DDIM
 
     @cached_property
     def engine(self) -> OrtEngine:

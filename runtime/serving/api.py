@@ -111,7 +111,7 @@ class ImageRequest(Checked):
     steps: int | None = Field(default=None, ge=1)
     guidance: float | None = Field(default=None, ge=1, le=50)
     negative_prompt: str = ""
-    sampler: str = "ddim"
+    sampler: str | None = None
     answers: tuple[str, ...] = Field(default=(), max_length=8)
     variant: Literal["best", "reference"] = "best"
     progress: bool = False

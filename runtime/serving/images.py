@@ -138,7 +138,8 @@ class Service:
         limits = self.options.limits
         (width, height), form = check_limits(request, limits), format_of(request)
         try:
-            sampler_named(request.sampler)
+            if request.sampler is not None:
+                sampler_named(request.sampler)
             self.store.find(chosen.checkpoint, self.options.draw.target)
             if request.variant == "reference":
                 self.store.reference(chosen.checkpoint)

@@ -51,7 +51,7 @@ def consistent(bundle: Path, manifest: Manifest, sources: Sources) -> Iterator[C
 
 def _scheduler_differs(manifest: Manifest, settings: Settings) -> list[str]:
     """The fields in which the bundle's scheduler is not the one that the checkpoint, or its base, ships now."""
-    ours, theirs = manifest.scheduler, settings.scheduler
+    ours, theirs = manifest.scheduler, settings.scheduler.settings
     return [
         f"manifest.json: scheduler.{name}: must be {theirs.get(name)!r}, got {ours.get(name)!r}; export the checkpoint again"
         for name in sorted({*ours, *theirs})

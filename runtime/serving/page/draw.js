@@ -53,7 +53,7 @@ function body(state) {
     model: byId("model").value,
     steps: number("steps"),
     seed: number("seed"),
-    sampler: byId("sampler").value,
+    sampler: byId("sampler").value || undefined,
     negative_prompt: byId("negative").value,
     answers: state.answers,
   };
