@@ -93,7 +93,9 @@ def test_what_the_author_shipped_is_used_and_told(base: Path, tmp_path: Path) ->
 V = {"prediction_type": "v_prediction"}
 CASES: dict[str, tuple[dict[str, Any] | None, tuple[str, ...], dict[str, str], dict[str, Any], str]] = {
     "a mark over the base": (None, ("x", "v_pred"), {}, V, "tensor v_pred of one.safetensors"),
-    "a mark over the own config": ({"_class_name": "DDIMScheduler", "prediction_type": "epsilon"}, ("v_pred",), {}, V, "tensor v_pred of one.safetensors"),
+    "a mark over the own config": (
+        {"prediction_type": "epsilon"}, ("v_pred",), {}, V, "tensor v_pred of one.safetensors",
+    ),
     "a header over the base": (
         None, ("x",), {"modelspec.prediction_type": "v"}, V, "modelspec.prediction_type of one.safetensors",
     ),
