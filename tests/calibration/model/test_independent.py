@@ -106,6 +106,18 @@ def test_what_diffusers_drops_is_not_compared_with_it(repository: Repository) ->
     assert checked_against(repository, card) == f"not checked: {TOOL} drops the lengths of this DoRA ({key})"
 
 
+def test_names_that_diffusers_passes_over_are_not_compared_with_it(repository: Repository) -> None:
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+    def without_component(base: Path, folder: Path) -> None:
+        halves = {f"{name}.lora_A.weight": torch.randn(4, 64), f"{name}.lora_B.weight": torch.randn(64, 4)}
+        save_file(halves, folder / "lora.safetensors")
+
+    card = written(repository, "lora", without_component)
+    said = f"not checked: {TOOL} passes over some names of this LoRA ({name}.lora_A.weight)"
+    assert checked_against(repository, card) == said
+
+
 def test_what_diffusers_cannot_load_is_said_in_one_line(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:

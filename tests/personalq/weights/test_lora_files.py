@@ -15,10 +15,13 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 pytest.importorskip("peft", reason="peft is not installed: pip install 'personalq[export]'")
 
 from diffusers import UNet2DConditionModel  # noqa: E402  (after the skip)
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import CLIPTextModel  # noqa: E402
 
+from personalq.errors import RepositoryError  # noqa: E402
 from personalq.weights.bundled import bundled_tokens  # noqa: E402
 from personalq.weights.checkpoint import CheckpointWeights, check_fit, open_weights  # noqa: E402
 from personalq.weights.deltas import file_kind  # noqa: E402
@@ -280,6 +283,50 @@ def test_an_algorithm_that_is_not_read_is_named(tiny_base: Path, tmp_path: Path,
     assert f"full difference, got {method}; merge it into a whole model and add that" in refused(
         tiny_base, tmp_path, "lora"
     )
+
+
+PARTS = (
+    ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale", "alpha", "lora_B.bias", "diff_b", "scalar"),
+    ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale", "alpha"),
+    ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha"),
+    ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"),
+    ("weight", "on_input"),
+    ("diff", "diff_b", "w_norm", "b_norm"),
+    ("oft_blocks", "oft_diag", "rescale", "alpha"),
+)
+SIZES = st.sampled_from([0, 1, 2, 4, 8, 32, 64])
+SHAPES = st.one_of(
+    st.sampled_from(
+        [(), (64,), (64, 4), (4, 64), (64, 64), (8, 8), (4, 64, 3, 3), (4, 4, 3, 3), (8, 8, 8), (2, 8, 8, 8)]
+    ),
+    st.lists(SIZES, max_size=4).map(tuple),
+)
+
+
+@given(
+    module=st.sampled_from([Q, "mid_block.resnets.0.conv1", "mid_block.resnets.0.norm1"]),
+    shapes=st.sampled_from(PARTS).flatmap(lambda parts: st.dictionaries(st.sampled_from(parts), SHAPES, min_size=1)),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tensors_of_any_shape_are_merged_or_refused_in_one_line(
+    tiny_base: Path, tmp_path: Path, module: str, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    save_file(
+        {f"unet.{module}.{part}": torch.ones(shape) for part, shape in shapes.items()}, tmp_path / "any.safetensors"
+    )
+    try:
+        unet = open_weights(tiny_base, tmp_path, "lora").component("unet")
+    except RepositoryError as error:
+        assert "\n" not in str(error)
+    else:
+        for name in unet.changed:
+            merged = unet.read(name)
+            assert merged.dtype == np.float32 and merged.shape == unet.shape(name)
+
+
+def test_a_mark_of_the_scheduler_is_no_part_of_the_lora(tiny_base: Path, tmp_path: Path) -> None:
+    save_file(PLAIN | {"v_pred": torch.zeros(0)}, tmp_path / "lora.safetensors")
+    assert open_weights(tiny_base, tmp_path, "lora").component("unet").changed == {f"{Q}.weight"}
 
 
 # --- what kind of file it is, and what diffusers leaves out

@@ -150,25 +150,38 @@ def test_a_norm_is_merged_as_lycoris_merges_it(tiny_base: Path, tmp_path: Path, 
     assert_merged(tiny_base, tmp_path, name, trained(NormModule, name, layers(name)))
 
 
+FACTORED = {
+    "LoHa": (LohaModule, {"lora_dim": 4, "alpha": 1}),
+    "LoKr": (LokrModule, {"lora_dim": 2, "alpha": 1}),
+    "LoKr, both halves factored": (LokrModule, {"lora_dim": 2, "alpha": 1, "decompose_both": True}),
+}
+
+
+@pytest.mark.parametrize(("kind", "options"), FACTORED.values(), ids=FACTORED)
+@pytest.mark.parametrize("dora", DORA.values(), ids=DORA)
+def test_alpha_over_rank_counts_once_as_in_the_forward_pass(
+    tiny_base: Path, tmp_path: Path, layers: Any, kind: Any, options: dict[str, Any], dora: dict[str, Any]
+) -> None:
+    """Held against LyCORIS' forward pass, which is what trained a file: its merge (3.0 to 4.1) has the scale squared."""
+    name = MODULES["linear"]
+    module = trained(kind, name, layers(name), **options, **dora)
+    save_file(saved(module), tmp_path / "trained.safetensors")
+    with torch.no_grad():
+        weight = module(torch.eye(layers(name).in_features)).T
+    ours = open_weights(tiny_base, tmp_path, "lora").component("unet").read(f"{name}.weight")
+    assert difference(ours, weight) <= TOLERANCE
+
+
 @pytest.mark.parametrize("is_tucker", [False, True], ids=["plain", "Tucker"])
-def test_loha_takes_alpha_over_rank_once(tiny_base: Path, tmp_path: Path, layers: Any, is_tucker: bool) -> None:
-    """Held against LyCORIS' formula: its module since 3.0 multiplies by the scale twice, its formula and its bypass once."""
+def test_alpha_over_rank_counts_once_as_in_the_formula_for_convolutions(
+    tiny_base: Path, tmp_path: Path, layers: Any, is_tucker: bool
+) -> None:
     name = MODULES["conv 3x3"]
     module = trained(LohaModule, name, layers(name), lora_dim=4, alpha=1, use_tucker=is_tucker)
     save_file(saved(module), tmp_path / "trained.safetensors")
     factors = [getattr(module, f"hada_{end}").detach() for end in ("w1_b", "w1_a", "w2_b", "w2_a")]
     cores = [module.hada_t1.detach(), module.hada_t2.detach()] if is_tucker else [None, None]
     change = loha_formula.diff_weight(*factors, *cores, gamma=torch.tensor(0.25)).reshape(module.org_weight.shape)
-    ours = open_weights(tiny_base, tmp_path, "lora").component("unet").read(f"{name}.weight")
-    assert difference(ours, module.org_weight + change) <= TOLERANCE
-
-
-def test_lokr_takes_alpha_over_rank_once(tiny_base: Path, tmp_path: Path, layers: Any) -> None:
-    """Held against LyCORIS' bypass, which is what such a file was trained with when it was trained on a quantised model."""
-    name = MODULES["linear"]
-    module = trained(LokrModule, name, layers(name), lora_dim=2, alpha=1)
-    save_file(saved(module), tmp_path / "trained.safetensors")
-    change = module.bypass_forward_diff(torch.eye(module.org_weight.shape[1])).T
     ours = open_weights(tiny_base, tmp_path, "lora").component("unet").read(f"{name}.weight")
     assert difference(ours, module.org_weight + change) <= TOLERANCE
 
