@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fleet.command import export_command, serve_command
+from fleet.convert import convert
 from runtime.commands import asking_options, drawing_options
 from runtime.console import Commands, Result, each_line, progress, reports, start_logging, talk, wants_json
 from runtime.gate.command import verify_command
@@ -68,6 +69,9 @@ def add(sources: tuple[Path, ...], cards: Path | None, base: str, card_id: str, 
     result += repository.add_cards(cards, adult=adult) if cards else AddResult()
     click.echo("".join(f"personalq: {refused.reason}\n" for refused in result.refused), err=True, nl=False)
     return Result({**result.to_json(), "bases": bases}, code=1 if result.refused else 0)
+
+
+cli.add_command(convert)
 
 
 @cli.command("ls")

@@ -109,6 +109,7 @@ MISSING = [
     (["calibrate", "biscuit-the-dog"], "torch", "export"),
     (["calibrate", "biscuit-the-dog"], "diffusers", "export"),
     (["export", "biscuit-the-dog", "--spec", "fp16"], "onnx", "convert"),
+    (["convert", "model.ckpt"], "torch", "export"),
     (["ask", "my dog"], "onnxruntime", "cpu"),
     (["serve"], "fastapi", "serve"),
     (["serve"], "prometheus_client", "serve"),

@@ -20,7 +20,7 @@ from ..weights.pickles import PICKLES, is_trainer_file, pickle_refusal
 from .card import MAX_CARD_BYTES, Card, read_card
 from .readme import Found, read_readme
 from .sidecars import json_object, read_sidecar, unwanted
-from .sources import embedding_beside, is_needed_pickle, training_states, twins_in
+from .sources import embedding_beside, needed_pickles, training_states, twins_in
 
 _KEPT = frozenset({".safetensors", ".info", ".json", ".txt", ".md", ".model", ".png", ".jpg", ".jpeg", ".webp"})
 MAX_FILES = 5000
@@ -111,9 +111,8 @@ def _list_folder(path: Path) -> tuple[list[tuple[str, Path]], list[str]]:
             f"{path}: must hold safetensors weights, got none; add a card without weights with --cards"
         )
     _check_shards(path, {name for name, _ in files})
-    for file in pickles:
-        if is_needed_pickle(file, path):
-            raise pickle_refusal(file)
+    if needed := needed_pickles(path, [*pickles, *(file for _, file in files)]):
+        raise pickle_refusal(*needed)
     return sorted(files), [
         *(f"left out {file.name}: a pickle" for file in pickles if not is_trainer_file(file)),
         *(f"left out {file.name}: the same LoRA in another spelling" for file in twins),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import RepositoryError
@@ -12,7 +12,7 @@ from ..weights.deltas import file_kind
 from ..weights.embeddings import PIVOTAL
 from ..weights.header import Header, read_header
 from ..weights.models import COMPONENTS
-from ..weights.pickles import PICKLES, is_trainer_file
+from ..weights.pickles import PICKLES, lone_pickles
 
 _STATE = re.compile(r"checkpoint-\d+")  # what trainers write on the way
 _ONE = ("model_index.json", "card.json")
@@ -30,7 +30,7 @@ def checkpoints_in(path: Path) -> list[Path]:
     if not path.is_dir() or _is_one(path):
         return [path]
     weights = sorted(file for file in path.iterdir() if file.is_file() and file.suffix == _SUFFIX)
-    pickles = sorted(file for file in path.iterdir() if file.is_file() and is_pickle(file, path))
+    pickles = lone_pickles(sorted(file for file in path.iterdir() if file.is_file()))
     headers = {file: header for file in weights if (header := _header(file)) is not None}
     parts = [part for folder in sorted(path.iterdir()) if _may_hold(folder) for part in checkpoints_in(folder)]
     loose = len(weights) + len(pickles)
@@ -62,19 +62,12 @@ def embedding_beside(file: Path) -> list[Path]:
     return [beside] if beside.is_file() else []
 
 
-def is_needed_pickle(file: Path, folder: Path) -> bool:
-    """Tell whether a pickle in a checkpoint's folder holds weights that nothing else there holds."""
-    if is_trainer_file(file) or file.with_suffix(_SUFFIX).exists():
-        return False
-    if file.parent == folder:  # beside a pipeline's folders it is the same pipeline as one file
-        return not (folder / "model_index.json").is_file()
-    return file.parent.name in COMPONENTS and next(file.parent.glob(f"*{_SUFFIX}"), None) is None
-
-
-def is_pickle(file: Path, folder: Path) -> bool:
-    """Tell whether a file holds weights as a pickle and nothing beside it holds them as safetensors."""
-    is_weights = file.suffix in PICKLES and not is_trainer_file(file)
-    return is_weights and not (folder / f"{file.stem}{_SUFFIX}").exists()
+def needed_pickles(folder: Path, files: Sequence[Path]) -> list[Path]:
+    """The pickles in a checkpoint's folder that hold weights which nothing else there holds."""
+    is_pipeline = (
+        folder / "model_index.json"
+    ).is_file()  # beside its folders a pickle is the same pipeline as one file
+    return [file for file in lone_pickles(files) if file.parent != folder or not is_pipeline]
 
 
 def _is_one(path: Path) -> bool:

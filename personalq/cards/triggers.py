@@ -1,49 +1,44 @@
-"""A card's triggers beside what its files add to the tokenizer: a token the files do not add can never be drawn with."""
+"""Trigger words as they are meant: prompt syntax that people paste beside them is taken off. Knows text only."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-from ..errors import RepositoryError
-from .card import Card
-
-_ADDED = re.compile(r"<[^<>\s]+>")  # how trainers spell tokens that they add
-_END = "</w>"  # CLIP's mark of a word's end
-
-
-def with_tokens(card: Card, added: Sequence[str], vocabulary: frozenset[str]) -> tuple[Card, tuple[str, ...]]:
-    """The card with the tokens that its files add as triggers, and a warning when it said otherwise.
-
-    vocabulary: the entries of the tokenizer, empty when the base is not here. Raises RepositoryError for a trigger that is
-    spelled as an added token when no file adds one and the tokenizer does not know it.
-    """
-    unknown = [token for trigger in card.trigger for token in _ADDED.findall(trigger) if token not in vocabulary]
-    if unknown and vocabulary and not added:
-        raise RepositoryError(
-            f"checkpoint {card.id!r}: trigger {unknown[0]!r} must be a token that its files add, got none that they add; "
-            "add it with the embedding's file, or correct the card's trigger"
-        )
-    if not added or any(token in trigger for trigger in card.trigger for token in added):
-        return card, ()
-    is_pivotal = card.kind == "lora" and all(map(_ADDED.fullmatch, added))
-    if card.kind == "lora" and not is_pivotal:  # embeddings beside words that the LoRA was trained on
-        return card.model_copy(update={"trigger": (*added, *card.trigger)}), ()
-    tokens = ("".join(added),) if is_pivotal else tuple(added)
-    if not card.trigger:
-        return card.model_copy(update={"trigger": tokens}), ()
-    said, found = ", ".join(map(repr, card.trigger)), ", ".join(map(repr, added))
-    warning = f"trigger: the card says {said}, its files add {found}: what they add is the trigger"
-    return card.model_copy(update={"trigger": tokens}), (warning,)
+# '<lora:x:1>' asks A1111 for a file; no text encoder ever sees it. An unclosed one at the end was cut off.
+_TAG = re.compile(r"<\s*(?:lora|lyco|lycoris|locon|hypernet|hypernetwork)\s*:[^<>]*(?:>|$)", re.IGNORECASE)
+# '(sks dog:1.2)' weighs words, '((sks dog))' too; '\(' is a bracket that belongs to the words.
+_INSIDE = r"((?:\\.|[^()\\])*?)"
+_WEIGHT = re.compile(rf"(?<!\\)\({_INSIDE}\s*:\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*\)")
+_WRAPPED = re.compile(rf"(\(+){_INSIDE}(\)+)")
+_SHOWN, _MAX_CHARS = 3, 80
 
 
-def split_words(card: Card, added: Sequence[str], vocabulary: frozenset[str]) -> tuple[str, ...]:
-    """Warn of a trigger of one word that the base's tokenizer splits. vocabulary: the tokenizer's entries, none if unknown."""
-    split = [
-        trigger
-        for trigger in card.trigger
-        if vocabulary and trigger.isalnum() and trigger not in added and f"{trigger.lower()}{_END}" not in vocabulary
-    ]
-    return tuple(
-        f"trigger {trigger!r} is several tokens to the base's tokenizer: all of them are kept" for trigger in split
-    )
+def without_syntax(text: str) -> str:
+    """Return a group of trigger words without '<lora:...>' tags and '(...:1.2)' weights; '' when nothing else is there."""
+    if "<" not in text and "(" not in text:
+        return text.strip()
+    before, found = "", text
+    while found != before:  # what is taken off can leave another one behind
+        before = found
+        found = _WEIGHT.sub(r"\1", _TAG.sub(" ", found)).strip()
+        wrapped = _WRAPPED.fullmatch(found)
+        found = wrapped[2] if wrapped and len(wrapped[1]) == len(wrapped[3]) else found
+    if found == text.strip():
+        return found
+    return ", ".join(words for part in found.split(",") if (words := " ".join(part.split())))
+
+
+def meant(groups: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the groups of trigger words as they are meant, each once, and what to say about those that were changed."""
+    read = {group: without_syntax(group) for group in groups}
+    changed = [(group, rest) for group, rest in read.items() if rest != group.strip()]
+    notes = [_note(group, rest) for group, rest in changed[:_SHOWN]]
+    if len(changed) > _SHOWN:
+        notes.append(f"{len(changed) - _SHOWN} more triggers hold prompt syntax, which was taken off")
+    return tuple(dict.fromkeys(rest for rest in read.values() if rest)), tuple(notes)
+
+
+def _note(group: str, rest: str) -> str:
+    said = f"trigger {group[:_MAX_CHARS]!r} holds prompt syntax"
+    return f"{said}: read as {rest[:_MAX_CHARS]!r}" if rest else f"{said} and no words: left out"

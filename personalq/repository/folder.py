@@ -15,12 +15,12 @@ from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
+from ..cards.added_tokens import split_words, with_tokens
 from ..cards.card import Card, dump_card, folder_name, id_from_folder, parse_card
 from ..cards.catalogues import read_rows
 from ..cards.collisions import owners_of, shared_triggers
 from ..cards.importers import Source, check_pipeline, list_files, plain_id, read_source
 from ..cards.sources import checkpoints_in
-from ..cards.triggers import split_words, with_tokens
 from ..errors import CardError, PersonalQError, RepositoryError
 from ..weights.checkpoint import check_fit
 from ..weights.deltas import added_tokens
