@@ -18,6 +18,7 @@ from ..weights.header import Header, read_header
 from ..weights.models import REQUIRED, is_model
 from ..weights.pickles import PICKLES, is_trainer_file, pickle_refusal
 from .card import MAX_CARD_BYTES, Card, read_card
+from .kinds import kind_note
 from .readme import Found, read_readme
 from .sidecars import json_object, read_sidecar, unwanted
 from .sources import embedding_beside, needed_pickles, training_states, twins_in
@@ -54,8 +55,8 @@ def read_source(path: Path, *, base: str = "", card_id: str = "", adult: bool = 
     provenance = {name: {"source": where, "confidence": sure} for name, (_, where, sure) in found.items()}
     given = fields.get("provenance")
     provenance |= given if isinstance(given, dict) else {}
-    if fields.get("kind") not in (None, kind):
-        warnings.append(f"card says {fields['kind']}, the weights are {kind}")
+    if "kind" in fields and (note := kind_note(fields["kind"], kind)):
+        warnings.append(note)
     fields |= {"kind": kind, "provenance": provenance, "id": card_id or fields.get("id") or plain_id(path)}
     fields["base"] = base or fields.get("base") or ""
     card, notes = read_card(fields, where=str(path))

@@ -49,7 +49,8 @@ def kind_note(said: object, kind: str) -> str:
         return ""
     if known_kind(word) == kind:
         return f"kind {word[:MAX_WORD]!r} was read as {kind}"
-    known = "" if known_kind(word) else ", a kind that is not known here"
+    known = ", which is not supported" if is_unsupported(word) else ", a kind that is not known here"
+    known = "" if known_kind(word) else known
     return f"the card says {word[:MAX_WORD]!r}{known}; the weights are {kind}, and they decide"
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..cards.added_tokens import split_words, with_tokens
-from ..cards.card import Card, dump_card, folder_name, id_from_folder, parse_card
-from ..cards.catalogues import read_rows
+from ..cards.card import Card, dump_card, folder_name, id_from_folder
+from ..cards.catalogues import read_cards
 from ..cards.collisions import owners_of, shared_triggers
 from ..cards.importers import Source, check_pipeline, list_files, plain_id, read_source
 from ..cards.sources import checkpoints_in
@@ -217,16 +217,14 @@ class Repository:
         """
         cards: dict[str, tuple[Card, tuple[str, ...]]] = {}
         refused = []
-        for row in read_rows(file, adult=adult):
-            if isinstance(row, CardError):
-                refused.append(Refused(str(row).split(": ")[0], _one_line(row)))
-                continue
+        for one in read_cards(file, adult=adult):
             try:
-                card, warnings = parse_card(row.text, where=row.where)
-                self._refuse_weighted(card.id, row.where)
-                cards[card.id] = (card, warnings)
+                if isinstance(one, CardError):
+                    raise one
+                self._refuse_weighted(one.card.id, one.where)
+                cards[one.card.id] = (one.card, one.warnings)
             except PersonalQError as error:
-                refused.append(Refused(row.where, _one_line(error)))
+                refused.append(Refused(str(error).split(": ")[0], _one_line(error)))
         kept = {card.id: card for card in self._listed_cards()} | {card.id: card for card, _ in cards.values()}
         if cards:
             self._write_list(kept.values())

@@ -68,6 +68,7 @@ def test_no_word_is_both_known_and_unsupported() -> None:
         ("LoRA", ""),
         ("LoHa", "kind 'LoHa' was read as lora"),
         ("checkpoint", "the card says 'checkpoint'; the weights are lora, and they decide"),
+        ("Hypernetwork", "the card says 'Hypernetwork', which is not supported; the weights are lora, and they decide"),
         ("gan", "the card says 'gan', a kind that is not known here; the weights are lora, and they decide"),
         (7, "the card says '7', a kind that is not known here; the weights are lora, and they decide"),
     ],

@@ -164,9 +164,9 @@ def test_two_loras_in_one_folder_are_refused(base: Path, tmp_path: Path) -> None
 
 
 def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
-    header = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    header = json.dumps({"x": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
-    with pytest.raises(RepositoryError, match=r"x: dtype must be one of F64, F32, F16, BF16.* got F8_E4M3; convert it"):
+    with pytest.raises(RepositoryError, match=r"x: dtype must be one of F64, F32, F16, BF16.* got F8_E8M0; convert it"):
         TensorFile(tmp_path / "x.safetensors")
 
 
