@@ -193,6 +193,15 @@ def test_a_bias_beside_a_lora_is_added(tiny_base: Path, tmp_path: Path) -> None:
         assert np.array_equal(ours, plain + np.float32(factor) * bias.numpy())
 
 
+def test_kohya_s_header_says_nothing_of_alpha(tiny_base: Path, tmp_path: Path) -> None:
+    """Without `.alpha` tensors sd-scripts takes the rank: ss_network_alpha is what the trainer was asked for."""
+    file = tmp_path / "lora.safetensors"
+    save_file(PLAIN, file)
+    plain = changed(open_weights(tiny_base, tmp_path, "lora"))
+    save_file(PLAIN, file, metadata={"ss_network_alpha": "1.0", "ss_network_dim": "4"})
+    assert np.array_equal(changed(open_weights(tiny_base, tmp_path, "lora"))[f"{Q}.weight"], plain[f"{Q}.weight"])
+
+
 # --- embeddings inside the file
 
 
