@@ -90,15 +90,16 @@ def calibrate(
     folder = repository.root / "specs" / folder_name(card.id)
     reference, sha256 = folder / REFERENCE, checkpoint_sha256(repository, card)
     checked = ""
-    if not is_current(reference, sha256):
+    settings = settings_of(repository, card)
+    if not is_current(reference, sha256, settings.scheduler):
         progress("comparing with diffusers' own loaders", 0.0)
         checked = checked_against(repository, card)  # before ours is loaded: one pipeline in memory at a time
     progress("loading the checkpoint", 0.0)
     evidence = evidence or gather(repository, card, options, progress)
     if checked:
         progress("running the FP32 reference", 0.0)
-        told = {"checkpoint_sha256": sha256, "checked_against": checked}
-        write_reference(evidence.pipe, card, reference, **settings_of(repository, card).sampling(), **told)
+        told = {"checkpoint_sha256": sha256, "checked_against": checked, **settings.sampling()}
+        write_reference(evidence.pipe, card, reference, scheduler=settings.scheduler, **told)
     checked = metadata_of(reference).get("checked_against", "not recorded")
     spec_file, kept = build_spec(repository, card, evidence, options, checked)
     path = spec_file.write(folder / f"{spec_file.spec.name}.json")

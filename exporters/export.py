@@ -1,5 +1,6 @@
 """Checkpoint + spec -> bundle: content-addressed, written beside its place and renamed into it, reused when it exists."""
 
+import logging
 import resource
 import shutil
 import time
@@ -50,6 +51,8 @@ from .lock import only_one
 from .share import write_sharing_graph
 from .tokenizer import write_tokenizers
 
+logger = logging.getLogger("personalq.exporters")
+
 EXPORTER_VERSION = "5"
 
 
@@ -83,6 +86,8 @@ def export_checkpoint(
     weights, settings = open_weights(base_dir, checkpoint_dir, card.kind), read_settings(base_dir, checkpoint_dir)
     family = open_family(repository.root / "families", base_dir, progress)
     entry = checkpoint_entry(card, weights_sha256(base_dir, checkpoint_dir))
+    for note in settings.scheduler.notes:
+        logger.warning("%s: %s", card.base or card.id, note)
     told = {"checkpoint": entry.model_dump(), "latent": latent_of(settings.configs).model_dump()}
     parts = {
         "weights": entry.sha256,
@@ -217,7 +222,7 @@ def manifest_of(job: Job, lowered: Lowered, text: Text) -> Manifest:
         ),
         text=text,
         latent=latent_of(job.settings.configs),
-        scheduler=dict(job.settings.scheduler),
+        scheduler=job.settings.scheduler.settings,
         sources=dict(job.settings.sources),
         **job.settings.sampling(),
         sizes=unet_sizes(job, lowered),

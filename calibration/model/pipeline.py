@@ -1,17 +1,20 @@
 """A checkpoint as torch runs it: an FP32 diffusers pipeline whose parameters are those that `personalq.weights` reads."""
 
+import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    SchedulerMixin,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -26,6 +29,7 @@ from personalq.cards.card import Card
 from personalq.errors import PersonalQError, RepositoryError
 from personalq.repository import Repository
 from personalq.repository.settings import Settings, read_settings
+from personalq.scheduler import DDIM_FIELDS, NOISY, BaseScheduler
 from personalq.weights.checkpoint import CheckpointWeights, ComponentWeights, open_weights
 from personalq.weights.embeddings import TOKEN_TABLES
 
@@ -52,17 +56,29 @@ def load_pipeline(repository: Repository, card: Card, device: str = "cpu") -> Pi
 
 
 def open_base(base_dir: Path, settings: Settings, models: dict[str, nn.Module]) -> Pipe:
-    """The base's pipeline, FP32, with these models in place of its own, and these settings."""
+    """The base's pipeline, FP32, with these models in place of its own, and DDIM over the settings' noise schedule."""
     kind = StableDiffusionXLPipeline if SECOND_ENCODER in settings.configs else StableDiffusionPipeline
-    tokenizers = {name: CLIPTokenizer.from_pretrained(folder) for name, folder in settings.tokenizers.items()}
-    pipe: Pipe = kind.from_pretrained(
-        base_dir, torch_dtype=torch.float32, local_files_only=True, **OPTIONS[kind], **models, **tokenizers
-    )
-    # as they are: StableDiffusionPipeline overrules a steps_offset of 0, the runtime obeys it
-    own = type(pipe.scheduler).from_config(settings.scheduler)
-    pipe.scheduler = DDIMScheduler.from_config(own.config)
+    parts = {name: CLIPTokenizer.from_pretrained(folder) for name, folder in settings.tokenizers.items()}
+    options = {**OPTIONS[kind], **models, **parts, "scheduler": ddim(settings.scheduler.settings)}
+    pipe: Pipe = kind.from_pretrained(base_dir, torch_dtype=torch.float32, local_files_only=True, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def ddim(settings: Mapping[str, Any]) -> DDIMScheduler:
+    """DDIM over a base's noise schedule. Each argument is said: `from_config` of another class takes DDIM's defaults."""
+    return DDIMScheduler(**{field: settings[field] for field in DDIM_FIELDS})
+
+
+def own_scheduler(scheduler: BaseScheduler) -> tuple[str, SchedulerMixin]:
+    """(sampler, diffusers' scheduler that it equals): who draws the golden pictures. The base's own; DDIM where that draws
+    noise, which torch and numpy draw differently."""
+    settings = scheduler.settings
+    if scheduler.sampler in ("ddim", *NOISY):
+        return "ddim", ddim(settings)
+    kind = getattr(diffusers, settings["_class_name"])
+    taken = inspect.signature(kind.__init__).parameters
+    return scheduler.sampler, kind(**{field: value for field, value in settings.items() if field in taken})
 
 
 @contextmanager

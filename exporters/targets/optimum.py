@@ -126,7 +126,7 @@ def write_settings(family: Family, settings: Settings, weights: CheckpointWeight
         config = configs[name] | ({"num_hidden_layers": 1} if is_sdxl and name in ENCODERS else {})
         _write_json(place / name / "config.json", config)
     (place / "scheduler").mkdir()
-    _write_json(place / SCHEDULER, dict(settings.scheduler))
+    _write_json(place / SCHEDULER, dict(settings.scheduler_config))
     index: dict[str, Any] = {"_class_name": PIPELINES[is_sdxl], "_diffusers_version": "0.35.2"}
     index["scheduler"] = ["diffusers", scheduler_class(settings)]
     for name in write_tokenizer_folders(settings, weights, place):
@@ -139,7 +139,7 @@ def write_settings(family: Family, settings: Settings, weights: CheckpointWeight
 
 def scheduler_class(settings: Settings) -> str:
     """The scheduler's class in diffusers; a base's own word for the module is not taken: optimum imports what stands there."""
-    name = settings.scheduler.get("_class_name")
+    name = settings.scheduler_config.get("_class_name")
     if not (isinstance(name, str) and name.isidentifier() and name.endswith("Scheduler")):
         raise RepositoryError(
             f"{SCHEDULER}: _class_name must be a scheduler of diffusers, got {name!r}; copy the base again"

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CardError, RepositoryError
-from ..weights.deltas import file_kind
-from ..weights.embeddings import is_embedding, learned_tokens
+from ..weights.deltas import added_tokens, file_kind
 from ..weights.header import Header, read_header
 from ..weights.models import REQUIRED, is_model
-from ..weights.pickles import PICKLES, pickle_refusal
+from ..weights.pickles import PICKLES, is_trainer_file, pickle_refusal
 from .card import MAX_CARD_BYTES, Card, read_card
 from .readme import Found, read_readme
 from .sidecars import json_object, read_sidecar, unwanted
+from .sources import embedding_beside, is_needed_pickle, training_states, twins_in
 
 _KEPT = frozenset({".safetensors", ".info", ".json", ".txt", ".md", ".model", ".png", ".jpg", ".jpeg", ".webp"})
 MAX_FILES = 5000
@@ -82,7 +82,8 @@ def list_files(path: Path) -> tuple[list[tuple[str, Path]], list[str]]:
             {"card.json": path.with_name("card.json"), "README.md": path.with_name("README.md")} if is_alone else {}
         )
         texts = {n: f for n, f in (*shared.items(), *beside.items()) if f.is_file()}
-        return [(path.name, path), *sorted(texts.items())], []
+        tokens = embedding_beside(path)
+        return [(path.name, path), *((file.name, file) for file in tokens), *sorted(texts.items())], []
     if not path.is_dir():
         raise RepositoryError(f"{path}: must be a checkpoint folder or file, got nothing there; check the path")
     return _list_folder(path)
@@ -90,12 +91,15 @@ def list_files(path: Path) -> tuple[list[tuple[str, Path]], list[str]]:
 
 def _list_folder(path: Path) -> tuple[list[tuple[str, Path]], list[str]]:
     files, pickles = [], []
+    twins, states = twins_in(path), training_states(path)
     for number, file in enumerate(_walk(path)):
         if number >= MAX_FILES:
             raise RepositoryError(
                 f"{path}: must hold at most {MAX_FILES} files, got more; add one checkpoint folder at a time"
             )
         name = file.relative_to(path).as_posix()
+        if name.split("/")[0] in states or file in twins:
+            continue
         if file.suffix in PICKLES:
             pickles.append(file)
         elif file.suffix.lower() in _KEPT and not any(part.startswith(".") for part in Path(name).parts):
@@ -107,7 +111,14 @@ def _list_folder(path: Path) -> tuple[list[tuple[str, Path]], list[str]]:
             f"{path}: must hold safetensors weights, got none; add a card without weights with --cards"
         )
     _check_shards(path, {name for name, _ in files})
-    return sorted(files), [f"left out {file.name}: a pickle" for file in pickles]
+    for file in pickles:
+        if is_needed_pickle(file, path):
+            raise pickle_refusal(file)
+    return sorted(files), [
+        *(f"left out {file.name}: a pickle" for file in pickles if not is_trainer_file(file)),
+        *(f"left out {file.name}: the same LoRA in another spelling" for file in twins),
+        *(f"left out {name}/: training state" for name in states),
+    ]
 
 
 def _walk(path: Path) -> Iterator[Path]:
@@ -228,13 +239,8 @@ def _from_headers(headers: Mapping[str, Header], kind: str) -> Found:
 
 
 def _from_tokens(headers: Mapping[str, Header]) -> Found:
-    tokens = [
-        token
-        for name, header in headers.items()
-        if is_embedding(header.shapes)
-        for token in learned_tokens(Path(name).stem, header.shapes)
-    ]
-    return {"trigger": (list(dict.fromkeys(tokens))[:8], "learned embedding key", 0.95)}
+    tokens = added_tokens({name: header.shapes for name, header in headers.items()})
+    return {"trigger": (tokens[:8], "learned embedding key", 0.95)}
 
 
 def _from_lora_metadata(headers: Mapping[str, Header]) -> Found:

@@ -16,8 +16,10 @@ from typing import Any
 from ..architecture import architecture, read_config, read_configs
 from ..bundle import file_sha256
 from ..errors import RepositoryError
+from ..scheduler import BaseScheduler, resolve_scheduler
 from ..weights.header import read_header
 from ..weights.marks import Marks, read_marks
+from ..weights.models import SECOND_ENCODER
 
 SCHEDULER = "scheduler/scheduler_config.json"
 RECOMMENDED = "personalq.json"
@@ -28,13 +30,15 @@ _OF_CHECKPOINT, _OF_BASE = "checkpoint", "base"
 
 @dataclass(frozen=True)
 class Settings:
-    """scheduler: a diffusers scheduler_config. tokenizers: folder by name. configs: config.json by component.
+    """scheduler: with every field said; scheduler_config: as it was shipped, with marks put in.
 
-    files: what was read, by its name in a pipeline folder. sources: where each thing comes from, in words. steps and guidance
-    are what the author recommends, else Stable Diffusion's usual ones.
+    tokenizers: folder by name. configs: config.json by component. files: what was read, by its name in a pipeline folder.
+    sources: where each thing comes from, in words. steps and guidance are what the author recommends, else Stable Diffusion's
+    usual ones.
     """
 
-    scheduler: Mapping[str, Any]
+    scheduler: BaseScheduler
+    scheduler_config: Mapping[str, Any]
     tokenizers: Mapping[str, Path]
     configs: Mapping[str, dict[str, Any]]
     index: Mapping[str, Any]
@@ -50,8 +54,7 @@ class Settings:
     def sha256(self, told: Mapping[str, Any]) -> str:
         """Hash of everything here, and of `told` (JSON): part of a bundle's key."""
         lines = [f"{name}:{file_sha256(file)}\n" for name, file in self.files.items()]
-        marked = {name: source for name, source in self.sources.items() if name.startswith("scheduler.")}
-        lines += [f"scheduler:{json.dumps(dict(self.scheduler), sort_keys=True)}\n"] if marked else []
+        lines.append(f"scheduler:{self.scheduler.sha256()}\n")
         return hashlib.sha256("".join([json.dumps(told, sort_keys=True), *lines]).encode()).hexdigest()
 
 
@@ -60,17 +63,25 @@ def read_settings(base_dir: Path, checkpoint_dir: Path | None = None) -> Setting
     own = None if checkpoint_dir is None or checkpoint_dir.is_file() else checkpoint_dir
     sources: dict[str, str] = {}
     scheduler_file = _found(base_dir, own, SCHEDULER, "scheduler", sources)
-    scheduler = _with_marks(base_dir, checkpoint_dir, _json(scheduler_file), sources)
+    if not scheduler_file.is_file():
+        raise RepositoryError(f"{scheduler_file}: must exist in a base, got nothing; add the whole diffusers folder")
+    config = _with_marks(base_dir, checkpoint_dir, _json(scheduler_file), sources)
+    configs = _configs(base_dir, own, sources)
     tokenizers = dict(_tokenizers(base_dir, own, sources))
     index, recommended = _found(base_dir, own, INDEX), _found(base_dir, own, RECOMMENDED, "steps and guidance", sources)
+    # a scheduler that the checkpoint brought is what its own config says, whatever the base's index names
+    is_lent = sources["scheduler"] == _OF_CHECKPOINT and index.parent == base_dir
+    named = {} if is_lent else _json(index)
+    scheduler = resolve_scheduler(config, named, is_xl=SECOND_ENCODER in configs, where=str(scheduler_file))
     wanted = _json(recommended)
     files = {INDEX: index, RECOMMENDED: recommended, SCHEDULER: scheduler_file}
     for name, folder in tokenizers.items():
         files |= {f"{name}/{file.name}": file for file in sorted(folder.glob("*"))}
     return Settings(
         scheduler,
+        config,
         tokenizers,
-        _configs(base_dir, own, sources),
+        configs,
         _json(index),
         int(wanted.get("steps", 25)),
         float(wanted.get("guidance", 7.5)),

@@ -91,12 +91,12 @@ def open_weights(base_dir: Path, checkpoint_dir: Path | None, kind: str) -> Chec
     return _over(base_dir, base, checkpoint_dir, paths, kind)
 
 
-def check_fit(base_dir: Path, source: Path, paths: Sequence[Path], kind: str) -> None:
-    """Raise RepositoryError unless `open_weights` would take this checkpoint over this base; only headers are read.
+def check_fit(base_dir: Path, source: Path, paths: Sequence[Path], kind: str) -> CheckpointWeights:
+    """What `open_weights` will give for this checkpoint over this base; only headers are read. Raises RepositoryError.
 
     paths: the safetensors files that will lie side by side in the checkpoint's folder.
     """
-    _over(base_dir, read_models(base_dir), source, paths, kind)
+    return _over(base_dir, read_models(base_dir), source, paths, kind)
 
 
 def _over(

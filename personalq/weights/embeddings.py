@@ -21,7 +21,7 @@ TOKEN_TABLES = {"text_encoder": TOKEN_EMBEDDING, SECOND_ENCODER: f"text_model.{T
 _OF_SDXL = {"clip_l": "text_encoder", "clip_g": SECOND_ENCODER}  # the tensors of an SDXL embedding
 _OF_ENCODERS = {**_OF_SDXL, "text_encoders_0": "text_encoder", "text_encoders_1": SECOND_ENCODER}
 _OF_A1111 = "emb_params"
-_PIVOTAL = "_emb"  # how the file of a pivotal tuning ends
+PIVOTAL = "_emb"  # how the file of a pivotal tuning ends
 _SECOND = "_2"  # and that of SDXL's second encoder
 _LAYERS = (".weight", ".bias")
 
@@ -43,7 +43,7 @@ def learned_tokens(stem: str, shapes: Shapes) -> list[str]:
 def is_pivotal(stem: str, shapes: Shapes) -> bool:
     """Tell whether each row is a token of its own, as pivotal tuning saves them beside its LoRA."""
     by_encoder = set(shapes) <= set(_OF_ENCODERS)
-    return by_encoder and (stem.endswith(_PIVOTAL) or not set(shapes) <= set(_OF_SDXL))
+    return by_encoder and (stem.endswith(PIVOTAL) or not set(shapes) <= set(_OF_SDXL))
 
 
 def parts_by_encoder(tensors: Mapping[str, T]) -> dict[str, T]:

@@ -12,11 +12,16 @@ PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle"})
 _TRAINER_FILES = re.compile(r"(optimizer|scheduler|scaler|training_args|random_states|rng_state|sampler).*")
 
 
+def is_trainer_file(path: Path) -> bool:
+    """Tell whether a file is what trainers leave beside the weights."""
+    return _TRAINER_FILES.fullmatch(path.name) is not None
+
+
 def refuse_pickles(folder: Path) -> None:
     """Raise when weights lie here only as a pickle: leaving them out would give another model than its author's."""
     paths = [folder] if folder.is_file() else sorted(folder.glob("*")) if folder.is_dir() else []
     for path in paths:
-        is_pickle = path.suffix in PICKLES and not _TRAINER_FILES.fullmatch(path.name)
+        is_pickle = path.suffix in PICKLES and not is_trainer_file(path)
         if is_pickle and not path.with_suffix(".safetensors").exists():
             raise pickle_refusal(path)
 

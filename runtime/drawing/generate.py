@@ -23,6 +23,7 @@ class Generated:
     checkpoint: str
     prompt: str
     image: str
+    sampler: str
     engine: str
     fallback_reason: str
     seconds: float
@@ -69,11 +70,18 @@ def generate(
     write_png(out, pipeline.decode(latents[0]))
     seconds = time.perf_counter() - started
     return Generated(
-        checkpoint_id, prompt, str(out), found.engine_name, found.fallback_reason, round(seconds, 3), round(per_step, 4)
+        checkpoint=checkpoint_id,
+        prompt=prompt,
+        image=str(out),
+        sampler=order.settings.sampler or pipeline.schedule.sampler,
+        engine=found.engine_name,
+        fallback_reason=found.fallback_reason,
+        seconds=round(seconds, 3),
+        seconds_per_step=round(per_step, 4),
     )
 
 
-def order_of(*, checkpoint: str, target: str, seed: int, steps: int | None, sampler: str) -> Order:
+def order_of(*, checkpoint: str, target: str, seed: int, steps: int | None, sampler: str | None) -> Order:
     """The order that the options of `personalq generate` make."""
     return Order(checkpoint, target, seed, settings=Settings(steps=steps, sampler=sampler))
 

@@ -26,13 +26,13 @@ logger = logging.getLogger("personalq.runtime")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to draw; pictures of one batch share it. None: what the bundle recommends."""
+    """How to draw; pictures of one batch share it. None: what the bundle recommends; of samplers, the base's own."""
 
     steps: int | None = None
     guidance: float | None = None
     width: int | None = None
     height: int | None = None
-    sampler: str = "ddim"
+    sampler: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def start_noise(seed: int, shape: tuple[int, ...]) -> Array:
 
 
 class Pipeline:
-    """Draws pictures with one engine. Keeps the rows of the last prompts, and those of the empty prompt, computed."""
+    """Draws pictures with one engine. Caches the rows of the last prompts, and those of the empty prompt."""
 
     def __init__(self, engine: Engine, *, cached_prompts: int = 16) -> None:
         self.engine = engine
@@ -143,7 +143,7 @@ class Pipeline:
         return PromptRows(conditioning=conditioning, kept=positions, text_embeds=embeds.states, cut=cut)
 
     def _check_cut(self, encoded: Encoded) -> None:
-        """Refuse a prompt whose trigger was cut; one that also stands whole in what fits is fine."""
+        """Refuse a prompt whose trigger was truncated, unless the trigger also occurs whole in what fits."""
         kept = encoded.tokens[: encoded.n_words]
         limit = self.manifest.text.length
         for trigger, ids in zip(self.manifest.checkpoint.trigger, self._triggers, strict=True):
@@ -160,10 +160,9 @@ class Pipeline:
         rounding may).
         """
         settings = settings or Settings()
-        sampler = sampler_named(settings.sampler)
-        plan = plan_steps(
-            settings.sampler, self.schedule, self.manifest.steps if settings.steps is None else settings.steps
-        )
+        name = self.schedule.sampler if settings.sampler is None else settings.sampler
+        sampler = sampler_named(name)
+        plan = plan_steps(name, self.schedule, self.manifest.steps if settings.steps is None else settings.steps)
         guidance = _checked_guidance(self.manifest.guidance if settings.guidance is None else settings.guidance)
         shape = self._latent_shape(settings.width, settings.height)
         noises = [_Noise(picture, shape) for picture in pictures]
@@ -172,7 +171,7 @@ class Pipeline:
             halves += [self.rows(picture.negative_prompt)] if guidance != 1.0 else []
             halves.append(self.rows(picture.prompt))
         clip = self.schedule.clip if sampler.clips else math.inf
-        return self._loop(_Run(settings.sampler, plan, guidance, clip), halves, noises)
+        return self._loop(_Run(name, plan, guidance, clip), halves, noises)
 
     def _loop(self, run: "_Run", halves: list[PromptRows], noises: list["_Noise"]) -> Iterator[Step]:
         sampler, plan, trail, n = sampler_named(run.sampler), run.plan, Trail(), len(noises)
@@ -233,7 +232,7 @@ def to_uint8(image: Array) -> Image:
 
 @dataclass(frozen=True)
 class _Run:
-    """One batch's decisions, made before its first step."""
+    """The decisions for one batch, made before its first step."""
 
     sampler: str
     plan: Plan

@@ -20,10 +20,10 @@ from .levels.targets import cross_target
 from .localise import BLAMED, localise
 from .subject import Sources, Subject
 
-NUDGE = np.float32(2.0**-20)  # relative: what another order of float additions does to a number, about
+NUDGE = np.float32(2.0**-20)  # relative: roughly what another order of float additions does to a number
 NOISY_RUNS = 2
 
-MEASURED = ("numerics", "images")  # levels that a baseline has something of
+MEASURED = ("numerics", "images")  # the levels whose results a baseline stores
 
 Computed = Callable[[Subject], Iterator[Check]]
 OBEDIENCE: tuple[tuple[str, Computed], ...] = (

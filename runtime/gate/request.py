@@ -1,4 +1,4 @@
-"""What a person who asks for the gate means: which bundle, what lies beside it, which judge, which reports."""
+"""Interpret a request to the gate: which bundle, what is available beside it, which judge, which reports."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from personalq.errors import BundleError, PersonalQError
 from personalq.repository import Repository
 from personalq.repository.atomic import write_atomic
 from personalq.repository.identity import weights_sha256
+from personalq.repository.settings import read_settings
 
 from ..store import REFERENCE_POLICIES, Store, find
 from .baseline import default_file
@@ -102,6 +103,7 @@ def sources_of(
     return Sources(
         weights=lambda component, name: weights.component(component).read(name),
         weights_sha256=lambda: weights_sha256(base, checkpoint),
+        settings=read_settings(base, checkpoint),
         reference=reference[0] if reference and reference[0].resolve() != folder.resolve() else None,
         judge=scores,
     )

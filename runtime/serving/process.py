@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from ..engines.memory import draw_environment
+from .formats import PNG
 from .messages import HEAD, Message, pack, sizes
 from .options import DrawOptions
 
@@ -204,12 +205,13 @@ class DrawProcess:
 
 
 def order(checkpoint: str, picture: dict[str, Any], settings: dict[str, Any], **more: Any) -> Message:
-    """What a job says besides its id. more: variant ('best' or 'reference'), previews."""
+    """What a job says besides its id. more: variant ('best' or 'reference'), previews, form (fields of Format)."""
     return {
         "checkpoint": checkpoint,
         "picture": picture,
         "settings": settings,
         "variant": "best",
         "previews": 0,
+        "form": asdict(PNG),
         **more,
     }

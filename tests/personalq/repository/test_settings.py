@@ -61,7 +61,7 @@ def test_the_hash_follows_what_pictures_depend_on(base: Path, tmp_path: Path, na
     weights(moved / "unet" / "model.safetensors")  # weights have a hash of their own
     assert read_settings(moved).sha256({"trigger": "sks"}) == first
     assert read_settings(moved).sha256({"trigger": "zwx"}) != first
-    write(moved, **{name: {"another": 1}})
+    write(moved, **{name: {"_class_name": "EulerDiscreteScheduler", "another": 1}})
     assert read_settings(moved).sha256({"trigger": "sks"}) != first
 
 
@@ -69,7 +69,7 @@ def test_a_checkpoint_without_settings_has_its_base_s(base: Path, tmp_path: Path
     weights(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     own = read_settings(base, tmp_path / "lora")
     assert own == read_settings(base)
-    assert (own.steps, own.guidance, own.scheduler) == (25, 7.5, FILES[SCHEDULER])
+    assert (own.steps, own.guidance, own.scheduler_config) == (25, 7.5, FILES[SCHEDULER])
     assert set(own.sources.values()) == {"base"}
     assert own.sha256({}) == read_settings(base).sha256({})
 
@@ -81,7 +81,8 @@ def test_what_the_author_shipped_is_used_and_told(base: Path, tmp_path: Path) ->
         "vae/config.json": {"scaling_factor": 0.5},
     }
     own = read_settings(base, write(tmp_path / "dog", **shipped))
-    assert own.scheduler == shipped[SCHEDULER]
+    assert own.scheduler_config == shipped[SCHEDULER]
+    assert own.scheduler.settings | shipped[SCHEDULER] == own.scheduler.settings
     assert own.tokenizers == {"tokenizer": tmp_path / "dog" / "tokenizer", "tokenizer_2": base / "tokenizer_2"}
     assert own.configs["vae"]["scaling_factor"] == 0.5 and own.configs["unet"] == FILES["unet/config.json"]
     told = {"scheduler", "tokenizer", "vae"}
@@ -92,7 +93,9 @@ def test_what_the_author_shipped_is_used_and_told(base: Path, tmp_path: Path) ->
 V = {"prediction_type": "v_prediction"}
 CASES: dict[str, tuple[dict[str, Any] | None, tuple[str, ...], dict[str, str], dict[str, Any], str]] = {
     "a mark over the base": (None, ("x", "v_pred"), {}, V, "tensor v_pred of one.safetensors"),
-    "a mark over the own config": ({"prediction_type": "epsilon"}, ("v_pred",), {}, V, "tensor v_pred of one.safetensors"),
+    "a mark over the own config": (
+        {"prediction_type": "epsilon"}, ("v_pred",), {}, V, "tensor v_pred of one.safetensors",
+    ),
     "a header over the base": (
         None, ("x",), {"modelspec.prediction_type": "v"}, V, "modelspec.prediction_type of one.safetensors",
     ),
@@ -117,9 +120,9 @@ def test_where_sources_disagree_the_nearest_to_the_tensors_decides(
 ) -> None:
     weights(tmp_path / "dog" / "one.safetensors", names, **metadata)
     if config is not None:
-        write(tmp_path / "dog", **{SCHEDULER: config})
+        write(tmp_path / "dog", **{SCHEDULER: {"_class_name": "DDIMScheduler", **config}})
     own = read_settings(base, tmp_path / "dog")
-    assert own.scheduler | wanted == own.scheduler
+    assert own.scheduler.settings | wanted == own.scheduler.settings
     assert own.sources.get("scheduler.prediction_type", "") == source
 
 
@@ -129,7 +132,7 @@ def test_zero_terminal_snr_takes_the_last_time_step(base: Path, tmp_path: Path) 
     )
     own = read_settings(base, tmp_path / "dog")
     marked = V | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    assert own.scheduler == FILES[SCHEDULER] | marked
+    assert own.scheduler_config == FILES[SCHEDULER] | marked
     assert own.sha256({}) != read_settings(base).sha256({})
 
 

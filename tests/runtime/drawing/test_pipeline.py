@@ -119,7 +119,7 @@ def test_every_sampler_draws_by_its_seed(pipeline: Pipeline, sampler: str) -> No
         ({"steps": 0}, "steps: must be between 1 and 1000, got 0; choose another number"),
         (
             {"sampler": "plms"},
-            "sampler: must be one of ddim, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, lcm, got 'plms'; choose one of them",
+            "sampler: must be one of ddim, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, pndm, lcm, got 'plms'; choose one of them",
         ),
         ({"height": 0}, "height: must be a multiple of 2, got 0; choose another size"),
     ],
