@@ -1,4 +1,4 @@
-"""What stands beside a LoRA's halves: adapters' names, peft's folders, embeddings inside the file; and what is refused."""
+"""What stands beside a LoRA's halves: adapters' names, peft's folders, embeddings inside the file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 pytest.importorskip("peft", reason="peft is not installed: pip install 'personalq[export]'")
 
 from diffusers import UNet2DConditionModel  # noqa: E402  (after the skip)
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import CLIPTextModel  # noqa: E402
 
-from personalq.errors import RepositoryError  # noqa: E402
 from personalq.weights.bundled import bundled_tokens  # noqa: E402
 from personalq.weights.checkpoint import CheckpointWeights, check_fit, open_weights  # noqa: E402
 from personalq.weights.deltas import file_kind  # noqa: E402
@@ -193,6 +190,15 @@ def test_a_bias_beside_a_lora_is_added(tiny_base: Path, tmp_path: Path) -> None:
         assert np.array_equal(ours, plain + np.float32(factor) * bias.numpy())
 
 
+def test_kohya_s_header_says_nothing_of_alpha(tiny_base: Path, tmp_path: Path) -> None:
+    """Without `.alpha` tensors sd-scripts takes the rank: ss_network_alpha is what the trainer was asked for."""
+    file = tmp_path / "lora.safetensors"
+    save_file(PLAIN, file)
+    plain = changed(open_weights(tiny_base, tmp_path, "lora"))
+    save_file(PLAIN, file, metadata={"ss_network_alpha": "1.0", "ss_network_dim": "4"})
+    assert np.array_equal(changed(open_weights(tiny_base, tmp_path, "lora"))[f"{Q}.weight"], plain[f"{Q}.weight"])
+
+
 # --- embeddings inside the file
 
 
@@ -242,86 +248,6 @@ def test_an_embedding_that_the_base_has_no_place_for_is_refused(
     save_file(PLAIN | bundle, tmp_path / "lora.safetensors")
     text = refused(tiny_base, tmp_path, "lora")
     assert text.startswith("lora.safetensors: bundle_emb.dog: ") and got in text
-
-
-# --- what is no LoRA of Stable Diffusion
-
-ELSEWHERE = {
-    "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": "a diffusion transformer",
-    "lora_transformer_single_transformer_blocks_0_attn_to_q.lora_down.weight": "a diffusion transformer",
-    "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": "a diffusion transformer",
-    "diffusion_model.joint_blocks.0.x_block.attn.proj.lora_A.weight": "a diffusion transformer",
-    "transformer.transformer_blocks.0.attn.to_q.lora.down.weight": "a diffusion transformer",
-    "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight": "a third text encoder",
-    "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight": "a third text encoder",
-    "lora_prior_unet_down_blocks_0.lora_down.weight": "a prior",
-    "vae.encoder.conv_in.lora_A.weight": "the VAE",
-    "lora_vae_encoder_conv_in.lora_down.weight": "the VAE",
-}
-
-
-@pytest.mark.parametrize(("key", "place"), ELSEWHERE.items())
-def test_a_part_of_another_model_is_named(tiny_base: Path, tmp_path: Path, key: str, place: str) -> None:
-    save_file(PLAIN | {key: torch.ones(4, 64)}, tmp_path / "lora.safetensors")
-    text = refused(tiny_base, tmp_path, "lora")
-    wanted = "must change the UNet or a text encoder of Stable Diffusion 1, 2 or XL, got a part of"
-    assert text.startswith(f"lora.safetensors: {key}: {wanted} {place}")
-    assert "--base" not in text
-
-
-@pytest.mark.parametrize(
-    ("key", "method"),
-    [
-        (f"unet.{Q}.oft_R.weight", "OFT as peft writes it"),
-        (f"lora_unet_{Q.replace('.', '_')}.lambda_layer", "T-LoRA"),
-        ("text_encoder.text_model.embeddings.token_embedding.lora_embedding_A", "a LoRA of an embedding table"),
-        (f"unet.{Q}.ia3_l", "(IA)^3 as peft writes it"),
-    ],
-)
-def test_an_algorithm_that_is_not_read_is_named(tiny_base: Path, tmp_path: Path, key: str, method: str) -> None:
-    save_file(PLAIN | {key: torch.ones(4, 64)}, tmp_path / "lora.safetensors")
-    assert f"full difference, got {method}; merge it into a whole model and add that" in refused(
-        tiny_base, tmp_path, "lora"
-    )
-
-
-PARTS = (
-    ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale", "alpha", "lora_B.bias", "diff_b", "scalar"),
-    ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale", "alpha"),
-    ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha"),
-    ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"),
-    ("weight", "on_input"),
-    ("diff", "diff_b", "w_norm", "b_norm"),
-    ("oft_blocks", "oft_diag", "rescale", "alpha"),
-)
-SIZES = st.sampled_from([0, 1, 2, 4, 8, 32, 64])
-SHAPES = st.one_of(
-    st.sampled_from(
-        [(), (64,), (64, 4), (4, 64), (64, 64), (8, 8), (4, 64, 3, 3), (4, 4, 3, 3), (8, 8, 8), (2, 8, 8, 8)]
-    ),
-    st.lists(SIZES, max_size=4).map(tuple),
-)
-
-
-@given(
-    module=st.sampled_from([Q, "mid_block.resnets.0.conv1", "mid_block.resnets.0.norm1"]),
-    shapes=st.sampled_from(PARTS).flatmap(lambda parts: st.dictionaries(st.sampled_from(parts), SHAPES, min_size=1)),
-)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_tensors_of_any_shape_are_merged_or_refused_in_one_line(
-    tiny_base: Path, tmp_path: Path, module: str, shapes: dict[str, tuple[int, ...]]
-) -> None:
-    save_file(
-        {f"unet.{module}.{part}": torch.ones(shape) for part, shape in shapes.items()}, tmp_path / "any.safetensors"
-    )
-    try:
-        unet = open_weights(tiny_base, tmp_path, "lora").component("unet")
-    except RepositoryError as error:
-        assert "\n" not in str(error)
-    else:
-        for name in unet.changed:
-            merged = unet.read(name)
-            assert merged.dtype == np.float32 and merged.shape == unet.shape(name)
 
 
 def test_a_mark_of_the_scheduler_is_no_part_of_the_lora(tiny_base: Path, tmp_path: Path) -> None:

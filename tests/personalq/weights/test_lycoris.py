@@ -31,7 +31,7 @@ from personalq.weights.checkpoint import open_weights  # noqa: E402
 from personalq.weights.deltas import delta_of  # noqa: E402
 from personalq.weights.edits import Edit  # noqa: E402
 from personalq.weights.tensorfile import TensorFile  # noqa: E402
-from tests.personalq.weights.test_deltas import load, refused  # noqa: E402
+from tests.personalq.weights.test_deltas import load  # noqa: E402
 
 # Of a parameter's largest value: float32 on both sides, only the order of additions differs.
 TOLERANCE = 1e-6
@@ -302,7 +302,7 @@ def write_network(pipe: Any, file: Path, options: dict[str, Any]) -> None:
     save_file(state, file)
 
 
-# --- what an edit says of itself, and what is refused
+# --- what an edit says of itself
 
 
 def edit_of_file(base: Path, file: Path, name: str) -> Edit:
@@ -345,76 +345,3 @@ def test_glora_says_its_rank_on_a_linear_layer(tiny_base: Path, tmp_path: Path, 
         name = MODULES[layer]
         save_file(saved(trained(GLoRAModule, name, layers(name), lora_dim=4)), tmp_path / "trained.safetensors")
         assert edit_of_file(tiny_base, tmp_path / "trained.safetensors", name).rank == rank
-
-
-K = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
-WRONG: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
-    "half a LoHa": ({"hada_w1_a": (64, 4), "hada_w1_b": (4, 32)}, "must have all parts of a LoHa, got hada_w1_a, hada_w1_b"),
-    "one core": (
-        {"hada_w1_a": (4, 64), "hada_w1_b": (4, 32), "hada_w2_a": (4, 64), "hada_w2_b": (4, 32), "hada_t1": (4, 4, 1, 1)},
-        "must have hada_t1 and hada_t2, got one of them",
-    ),
-    "a LoHa of another base": (
-        {"hada_w1_a": (64, 4), "hada_w1_b": (4, 768), "hada_w2_a": (64, 4), "hada_w2_b": (4, 768)},
-        "must fit the base's [64, 32], got a factor of [64, 768]; add it with --base",
-    ),
-    "factors that do not meet": (
-        {"hada_w1_a": (64, 3), "hada_w1_b": (4, 32), "hada_w2_a": (64, 4), "hada_w2_b": (4, 32)},
-        "must fit the base's [64, 32], got hada_w1_a [64, 3], hada_w1_b [4, 32]",
-    ),
-    "a LoKr of another base": (
-        {"lokr_w1": (8, 16), "lokr_w2": (8, 48)},
-        "must fit the base's [64, 32], got a Kronecker product of [8, 16] and [8, 48]",
-    ),
-    "half a LoKr": ({"lokr_w1": (8, 8), "lokr_w2_a": (8, 2)}, "must have lokr_w2 or both its factors, got lokr_w1, lokr_w2_a"),
-    "a LoKr twice": (
-        {"lokr_w1": (8, 8), "lokr_w1_a": (8, 2), "lokr_w1_b": (2, 8), "lokr_w2": (8, 4)},
-        "must have lokr_w1 or both its factors",
-    ),
-    "a GLoRA of another base": (
-        {"a1.weight": (768, 4), "a2.weight": (4, 768), "b1.weight": (64, 4), "b2.weight": (4, 768)},
-        "must fit the base's [64, 32], got b1 [64, 4], b2 [4, 768], a1 [768, 4], a2 [4, 768]",
-    ),
-    "(IA)^3 of another base": (
-        {"weight": (768,), "on_input": ()},
-        "must fit the base's [64, 32], got factors of [768] on its inputs",
-    ),
-    "a full difference of another base": ({"diff": (64, 768)}, "must fit the base's [64, 32], got diff [64, 768]"),
-    "a bias where there is none": (
-        {"diff": (64, 32), "diff_b": (64,)},
-        "diff_b must fit the base's bias, got [64]",
-    ),
-    "OFT of another base": ({"oft_blocks": (4, 8, 8)}, "must fit the base's [64, 32], got oft_blocks [4, 8, 8]"),
-    "BOFT of too many stages": ({"oft_blocks": (5, 8, 8, 8)}, "must fit the base's [64, 32], got oft_blocks [5, 8, 8, 8]"),
-    "LoCon of another base": (
-        {"lora_down.weight": (4, 32, 1, 1), "lora_mid.weight": (4, 4, 3, 3), "lora_up.weight": (64, 4, 1, 1)},
-        "must fit the base's [64, 32], got up [64, 4, 1, 1], mid [4, 4, 3, 3], down [4, 32, 1, 1]",
-    ),
-    "parts of two algorithms": (
-        {"diff": (64, 32), "hada_w1_a": (64, 4)},
-        "must have all parts of a LoHa, got diff, hada_w1_a",
-    ),
-    "lengths that nothing uses": (
-        {"diff": (64, 32), "dora_scale": (64, 1)},
-        f"every tensor must be a part of its full difference, got {K}.dora_scale besides",
-    ),
-    "an alpha of many": (
-        {"lora_down.weight": (4, 32), "lora_up.weight": (64, 4), "alpha": (2,)},
-        f"{K}.alpha: must be one number that is not 0, got [1.0, 1.0]",
-    ),
-    "peft's OFT": ({"oft_R.weight": (8, 28)}, f"{K}.oft_R.weight: must be part of a LoRA, DoRA, LoCon, LoHa"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("shapes", "text"), WRONG.values(), ids=WRONG)
-def test_tensors_that_make_no_module_are_refused(
-    tiny_base: Path, tmp_path: Path, shapes: dict[str, tuple[int, ...]], text: str
-) -> None:
-    save_file({f"{K}.{part}": torch.ones(shape) for part, shape in shapes.items()}, tmp_path / "wrong.safetensors")
-    assert text in refused(tiny_base, tmp_path, "lora")
-
-
-def test_an_alpha_of_zero_is_refused(tiny_base: Path, tmp_path: Path) -> None:
-    state = {f"{K}.lora_down.weight": torch.ones(4, 32), f"{K}.lora_up.weight": torch.ones(64, 4)}
-    save_file(state | {f"{K}.alpha": torch.tensor(0.0)}, tmp_path / "wrong.safetensors")
-    assert "alpha: must be one number that is not 0, got [0.0]" in refused(tiny_base, tmp_path, "lora")
