@@ -8,7 +8,7 @@ from personalq.bundle import Text
 from personalq.errors import RepositoryError
 from personalq.repository.settings import Settings
 from personalq.weights.checkpoint import CheckpointWeights
-from personalq.weights.clip_tokenizer import tokenizer_json
+from personalq.weights.one_file.clip_tokenizer import tokenizer_json
 
 
 def write_tokenizers(settings: Settings, weights: CheckpointWeights, folder: Path) -> Text:

@@ -15,11 +15,11 @@ from personalq.errors import PersonalQError
 from personalq.repository import Repository
 from personalq.repository.settings import read_settings
 from personalq.weights.checkpoint import CheckpointWeights, open_weights
-from personalq.weights.custom_diffusion import is_custom_diffusion, replaced_parameter
-from personalq.weights.embeddings import parts_by_encoder
+from personalq.weights.deltas.custom_diffusion import is_custom_diffusion, replaced_parameter
+from personalq.weights.deltas.embeddings import parts_by_encoder
+from personalq.weights.deltas.lora import foreign_lengths
+from personalq.weights.deltas.lora_names import is_lora, unread_names
 from personalq.weights.header import read_header
-from personalq.weights.lora import foreign_lengths
-from personalq.weights.lora_names import is_lora, unread_names
 
 from .conditioning import Pipe
 from .pipeline import LATENT_MODELS, TEXT_MODELS, open_base, quiet_libraries

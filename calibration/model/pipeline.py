@@ -31,7 +31,7 @@ from personalq.repository import Repository
 from personalq.repository.settings import Settings, read_settings
 from personalq.scheduler import DDIM_FIELDS, NOISY, BaseScheduler
 from personalq.weights.checkpoint import CheckpointWeights, ComponentWeights, open_weights
-from personalq.weights.embeddings import TOKEN_TABLES
+from personalq.weights.deltas.embeddings import TOKEN_TABLES
 
 from .conditioning import Pipe
 

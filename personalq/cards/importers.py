@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CardError, RepositoryError
-from ..weights.deltas import added_tokens, file_kind
+from ..weights.deltas.kinds import added_tokens, file_kind
 from ..weights.header import Header, read_header
 from ..weights.models import REQUIRED, is_model
 from ..weights.pickles import PICKLES, is_trainer_file, pickle_refusal

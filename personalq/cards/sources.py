@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import RepositoryError
-from ..weights.deltas import file_kind
-from ..weights.embeddings import PIVOTAL
+from ..weights.deltas.embeddings import PIVOTAL
+from ..weights.deltas.kinds import file_kind
 from ..weights.header import Header, read_header
 from ..weights.models import COMPONENTS
 from ..weights.pickles import PICKLES, lone_pickles

@@ -23,7 +23,7 @@ from ..cards.importers import Source, check_pipeline, list_files, plain_id, read
 from ..cards.sources import checkpoints_in
 from ..errors import CardError, PersonalQError, RepositoryError
 from ..weights.checkpoint import check_fit
-from ..weights.deltas import added_tokens
+from ..weights.deltas.kinds import added_tokens
 from ..weights.header import read_header
 from ..weights.models import read_vocabulary
 from . import audit

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RepositoryError
-from ..weights.clip_tokenizer import END, N_TOKENS, write_tokenizer
 from ..weights.header import read_header
 from ..weights.marks import read_marks
 from ..weights.models import SECOND_ENCODER
-from ..weights.one_file import family_of, infer_configs, infer_shapes
-from ..weights.original import averaged_tensors, is_original, read_original, unpack
+from ..weights.one_file.clip_tokenizer import END, N_TOKENS, write_tokenizer
+from ..weights.one_file.infer import family_of, infer_configs, infer_shapes
+from ..weights.one_file.original import averaged_tensors, is_original, read_original, unpack
 from ..weights.tensorfile import TensorFile
 
 _NOISE = {

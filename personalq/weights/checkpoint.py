@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RepositoryError
-from .deltas import delta_of, file_kind
-from .edits import ANOTHER_BASE, Delta, Edit
-from .lora import adapter_paths, is_adapter
+from .deltas.edits import ANOTHER_BASE, Delta, Edit
+from .deltas.kinds import delta_of, file_kind
+from .deltas.lora import adapter_paths, is_adapter
 from .models import COMPONENTS, REQUIRED, TOKEN_EMBEDDING, Model, Stored, read_models, read_vocabulary
-from .original import read_original
+from .one_file.original import read_original
 from .pickles import refuse_pickles
 from .tensorfile import Array, TensorFile
 

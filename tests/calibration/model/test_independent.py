@@ -16,7 +16,7 @@ from calibration.model.independent import checked_against
 from calibration.model.pipeline import load_pipeline
 from personalq.errors import RepositoryError
 from personalq.repository import Repository
-from personalq.weights.edits import LowRank
+from personalq.weights.deltas.edits import LowRank
 from tests.personalq.weights.test_deltas import LORAS, load, make_lora, processors
 
 TOOL = f"diffusers {version('diffusers')}"

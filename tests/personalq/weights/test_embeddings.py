@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from personalq.errors import RepositoryError  # noqa: E402
 from personalq.weights.checkpoint import open_weights  # noqa: E402
-from personalq.weights.embeddings import learned_tokens  # noqa: E402
+from personalq.weights.deltas.embeddings import learned_tokens  # noqa: E402
 from tests.exporters import architectures  # noqa: E402
 from tests.personalq.weights.test_against_diffusers import assert_equal, quietly  # noqa: E402
 

@@ -19,11 +19,11 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model  # noqa: E40
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import CLIPTextModel  # noqa: E402
 
-from personalq.weights.bundled import bundled_tokens  # noqa: E402
 from personalq.weights.checkpoint import CheckpointWeights, check_fit, open_weights  # noqa: E402
-from personalq.weights.deltas import file_kind  # noqa: E402
-from personalq.weights.lora import foreign_lengths  # noqa: E402
-from personalq.weights.lora_names import unread_names  # noqa: E402
+from personalq.weights.deltas.bundled import bundled_tokens  # noqa: E402
+from personalq.weights.deltas.kinds import file_kind  # noqa: E402
+from personalq.weights.deltas.lora import foreign_lengths  # noqa: E402
+from personalq.weights.deltas.lora_names import unread_names  # noqa: E402
 from tests.exporters import architectures  # noqa: E402
 from tests.personalq.weights.test_deltas import refused  # noqa: E402
 

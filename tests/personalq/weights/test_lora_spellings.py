@@ -19,7 +19,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa
 from safetensors.torch import save_file  # noqa: E402
 
 from personalq.weights.checkpoint import CheckpointWeights, open_weights  # noqa: E402
-from personalq.weights.original import UNET, places  # noqa: E402
+from personalq.weights.one_file.original import UNET, places  # noqa: E402
 from tests.exporters import architectures  # noqa: E402
 
 TOLERANCE = 1e-6  # of a parameter's largest value: float32 on both sides, only the order of additions differs

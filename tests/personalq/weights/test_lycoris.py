@@ -28,8 +28,8 @@ from lycoris.modules.norms import NormModule  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from personalq.weights.checkpoint import open_weights  # noqa: E402
-from personalq.weights.deltas import delta_of  # noqa: E402
-from personalq.weights.edits import Edit  # noqa: E402
+from personalq.weights.deltas.edits import Edit  # noqa: E402
+from personalq.weights.deltas.kinds import delta_of  # noqa: E402
 from personalq.weights.tensorfile import TensorFile  # noqa: E402
 from tests.personalq.weights.test_deltas import load  # noqa: E402
 

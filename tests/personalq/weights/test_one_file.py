@@ -20,9 +20,9 @@ from personalq.architecture import family_key  # noqa: E402
 from personalq.errors import RepositoryError  # noqa: E402
 from personalq.repository import Repository  # noqa: E402
 from personalq.weights.checkpoint import open_weights  # noqa: E402
-from personalq.weights.clip_tokenizer import tokenizer_json, vocabulary, write_tokenizer  # noqa: E402
-from personalq.weights.one_file import infer_configs, infer_shapes  # noqa: E402
-from personalq.weights.original import ENCODERS, places  # noqa: E402
+from personalq.weights.one_file.clip_tokenizer import tokenizer_json, vocabulary, write_tokenizer  # noqa: E402
+from personalq.weights.one_file.infer import infer_configs, infer_shapes  # noqa: E402
+from personalq.weights.one_file.original import ENCODERS, places  # noqa: E402
 from tests.personalq.weights.test_against_diffusers import quietly  # noqa: E402
 
 PIPELINES = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}

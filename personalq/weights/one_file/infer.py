@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import RepositoryError
-from .edits import Shapes
-from .models import SECOND_ENCODER, TOKEN_EMBEDDING
+from ...errors import RepositoryError
+from ..deltas.edits import Shapes
+from ..models import SECOND_ENCODER, TOKEN_EMBEDDING
 from .original import ENCODERS, UNET, VAE, unet_parameter, vae_parameter
 
 Config = dict[str, Any]

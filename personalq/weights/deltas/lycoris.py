@@ -11,8 +11,8 @@ from math import prod
 
 import numpy as np
 
+from ..tensorfile import Array, TensorFile
 from .edits import Float, Kept, Sum
-from .tensorfile import Array, TensorFile
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from ..errors import RepositoryError
+from ...errors import RepositoryError
+from ..tensorfile import TensorFile
 from .edits import ANOTHER_BASE, Added, Edit, LowRank, Scaled
 from .lycoris import Butterfly, Generalised, Grown, Hadamard, Kronecker, Matrix, Tucker, Turned
-from .tensorfile import TensorFile
 
 Shape = tuple[int, ...]
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..models import SECOND_ENCODER
+from ..one_file.original import is_original
+from ..tensorfile import TensorFile
 from .bundled import bundled_embeddings, bundled_tokens
 from .custom_diffusion import custom_diffusion_edits, is_custom_diffusion
 from .edits import Delta, Shapes, unmatched
 from .embeddings import embedding_edits, is_embedding, learned_tokens
 from .lora import lora_edits
 from .lora_names import is_lora
-from .models import SECOND_ENCODER
-from .original import is_original
-from .tensorfile import TensorFile
 
 SUFFIX = ".safetensors"
 _KINDS = {

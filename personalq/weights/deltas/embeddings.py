@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..errors import RepositoryError
+from ...errors import RepositoryError
+from ..models import SECOND_ENCODER, TOKEN_EMBEDDING
+from ..tensorfile import TensorFile
 from .edits import ANOTHER_BASE, AppendedRows, Delta, Shapes, row_count
-from .models import SECOND_ENCODER, TOKEN_EMBEDDING
-from .tensorfile import TensorFile
 
 T = TypeVar("T")
 TOKEN_TABLES = {"text_encoder": TOKEN_EMBEDDING, SECOND_ENCODER: f"text_model.{TOKEN_EMBEDDING}"}

@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import RepositoryError
+from ...errors import RepositoryError
+from ..marks import is_mark
+from ..models import SECOND_ENCODER, TOKEN_EMBEDDING
+from ..one_file.original import UNET, places
+from ..tensorfile import TensorFile
 from .edits import Shapes, unmatched
-from .marks import is_mark
-from .models import SECOND_ENCODER, TOKEN_EMBEDDING
-from .original import UNET, places
-from .tensorfile import TensorFile
 
 BUNDLED = "bundle_emb."  # what embeddings inside a LoRA file are called: bundle_emb.<token>.<tensor>
 

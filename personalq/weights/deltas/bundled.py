@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..errors import RepositoryError
+from ...errors import RepositoryError
+from ..models import SECOND_ENCODER
+from ..tensorfile import TensorFile
 from .edits import Shapes, row_count
 from .embeddings import Embedding, Vectors
 from .lora_names import BUNDLED
-from .models import SECOND_ENCODER
-from .tensorfile import TensorFile
 
 _ONE = ("clip_l", "emb_params", "string_to_param.*")  # OneTrainer; A1111's two forms
 _TWO = {"text_encoder": "clip_l", SECOND_ENCODER: "clip_g"}

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import RepositoryError
+from ...errors import RepositoryError
+from ..models import COMPONENTS
+from ..tensorfile import TensorFile
 from .algorithms import Trained, edit_of
 from .edits import ANOTHER_BASE, Added, Delta, Shapes
 from .lora_names import Module, lengths, parts_by_module
-from .models import COMPONENTS
-from .tensorfile import TensorFile
 
 Settings = Mapping[str, object]  # of one component, as peft names them: r, lora_alpha, use_rslora, alpha_pattern, ...
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import RepositoryError
-from .marks import KEPT, is_mark
-from .models import SECOND_ENCODER, STEMS, TOKEN_EMBEDDING, Model, Stored
-from .tensorfile import TensorFile
+from ...errors import RepositoryError
+from ..marks import KEPT, is_mark
+from ..models import SECOND_ENCODER, STEMS, TOKEN_EMBEDDING, Model, Stored
+from ..tensorfile import TensorFile
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."

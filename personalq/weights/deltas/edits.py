@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import RepositoryError
-from .tensorfile import Array, TensorFile
+from ...errors import RepositoryError
+from ..tensorfile import Array, TensorFile
 
 Float = npt.NDArray[np.float32]
 Shapes = Mapping[str, tuple[int, ...]]
