@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import CardError, RepositoryError
 from ..weights.deltas.kinds import added_tokens, file_kind
+from ..weights.deltas.lora import PEFT_CONFIG
 from ..weights.header import Header, read_header
 from ..weights.models import REQUIRED, is_model
 from ..weights.pickles import PICKLES, is_trainer_file, pickle_refusal
@@ -79,9 +80,7 @@ def list_files(path: Path) -> tuple[list[tuple[str, Path]], list[str]]:
                 (f for f in (path.with_suffix(ending), Path(f"{path}{ending}")) if f.is_file()),
                 path.with_suffix(ending),
             )
-        shared = (
-            {"card.json": path.with_name("card.json"), "README.md": path.with_name("README.md")} if is_alone else {}
-        )
+        shared = {name: path.with_name(name) for name in ("card.json", "README.md", PEFT_CONFIG)} if is_alone else {}
         texts = {n: f for n, f in (*shared.items(), *beside.items()) if f.is_file()}
         tokens = embedding_beside(path)
         return [(path.name, path), *((file.name, file) for file in tokens), *sorted(texts.items())], []

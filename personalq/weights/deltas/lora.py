@@ -23,7 +23,7 @@ from .lora_names import Module, lengths, parts_by_module
 Settings = Mapping[str, object]  # of one component, as peft names them: r, lora_alpha, use_rslora, alpha_pattern, ...
 
 _PEFT_FILE = "adapter_model.safetensors"  # in unet/, text_encoder/ or alone
-_PEFT_CONFIG = "adapter_config.json"
+PEFT_CONFIG = "adapter_config.json"
 _PEFT_TYPES = ("LORA", "LOHA", "LOKR")
 _BIASES = ("bias", "diff_b", "b_norm")
 
@@ -132,7 +132,7 @@ class _Factor:
 def _settings(file: TensorFile, components: Sequence[str]) -> dict[str, Settings]:
     """component -> peft's configuration: of adapter_config.json beside a file of peft's, else of the metadata (diffusers')."""
     if file.path.name == _PEFT_FILE:
-        beside = file.path.with_name(_PEFT_CONFIG)
+        beside = file.path.with_name(PEFT_CONFIG)
         if not beside.is_file():
             raise RepositoryError(
                 f"{beside}: must be there, it says the LoRA's alpha, got nothing; copy it from beside it"
