@@ -107,10 +107,19 @@ def small_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return original_shapes(models, name)
 
 
-def write_one(path: Path, name: str, **more: Any) -> dict[str, Any]:
-    """A one-file checkpoint of the small architecture with seeded values, and more tensors."""
-    generator = torch.Generator().manual_seed(1)
-    tensors = {key: torch.randn(shape, generator=generator).half() for key, shape in small_shapes(name).items()}
+def write_one(path: Path, name: str, *, seed: int = 1, **more: Any) -> dict[str, Any]:
+    """A one-file checkpoint of the small architecture with seeded values as large as a fresh model's, and more tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for key, shape in small_shapes(name).items():
+        value = torch.randn(shape, generator=generator)
+        # vectors are near what a norm begins with, matrices keep the size of what goes through them
+        value = (
+            1 + 0.1 * value
+            if len(shape) == 1 and key.endswith("weight")
+            else value * 0.5 * max(shape[1:] or (25,)) ** -0.5
+        )
+        tensors[key] = value.half()
     tensors |= {key: value for key, value in more.items() if value is not None}
     tensors = {key: value for key, value in tensors.items() if not any(k in key for k, v in more.items() if v is None)}
     save_file(tensors, path)
