@@ -37,7 +37,7 @@ def summary(lines: Iterable[str]) -> list[str]:
         if nodeid not in ran:
             groups[nodeid.partition("::")[0], reason].append(nodeid)
     if not groups:
-        return ["nothing was skipped" if ran else "no test was run"]
+        return ["nothing was skipped" if ran else "no test run came to its end"]
     told = [f"  {len(ids)} x {file if len(ids) > 1 else ids[0]}: {reason}" for (file, reason), ids in groups.items()]
     return [f"skipped: {sum(map(len, groups.values()))}", *told]
 

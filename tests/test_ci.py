@@ -70,7 +70,7 @@ def test_without_the_variable_nothing_is_recorded(project: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        ([], ["no test was run"]),
+        ([], ["no test run came to its end"]),
         ([["a.py::b", None]], ["nothing was skipped"]),
         (
             [["a.py::b", "no GPU"], ["a.py", "no numpy"]],
@@ -102,7 +102,7 @@ def checkout(tmp_path: Path) -> Path:
     skip = json.dumps(["tests/a.py::test_b", "no GPU"])
     write_program(tmp_path / ".venv" / "bin" / "python", f'exec {sys.executable} "$@"')
     write_program(tmp_path / "bin" / "make", f"echo make $1; echo '{skip}' >> $PERSONALQ_SKIPS; [ $1 != \"$BREAKS\" ]")
-    write_program(tmp_path / "bin" / "apt-get", 'echo apt-get "$@" >&2; [ -z "$INSTALLS" ] || cp /bin/true "$INSTALLS"')
+    write_program(tmp_path / "bin" / "apt-get", 'echo apt-get "$@" >&2; [ -z "$INSTALLS" ] || cp "$0" "$INSTALLS"')
     write_program(tmp_path / "bin" / "id", "echo $USER_ID")
     write_program(tmp_path / "browser", "")
     return tmp_path
