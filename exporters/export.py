@@ -53,7 +53,7 @@ from .tokenizer import write_tokenizers
 
 logger = logging.getLogger("personalq.exporters")
 
-EXPORTER_VERSION = "5"
+EXPORTER_VERSION = "6"
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ checkpoint of the family is exported by reading weights by name (TensorRT refits
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -15,10 +16,12 @@ import onnxscript.optimizer
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+NEVER_EVEN = 32  # diffusers takes skips' sizes unless 2 to this power divides both sides
 OPSET = 20  # GroupNorm becomes InstanceNormalization, which ONNX Runtime's CPU provider has a kernel for
 
 
@@ -60,6 +63,24 @@ def cross_attention_layers(unet: UNet2DConditionModel) -> list[tuple[str, int]]:
     return [(name, m.to_k.out_features) for name, m in modules if name.endswith(".attn2")]
 
 
+def upsample(layer: Upsample2D, hidden_states: Tensor, output_size: Sequence[Any]) -> Tensor:
+    """hidden_states (B,C,h,w) -> (B,C,*output_size): each pixel twice, the last one once where a side is odd."""
+    upsampled: Tensor = layer.conv(nn.functional.interpolate(hidden_states, size=output_size, mode="nearest"))
+    return upsampled
+
+
+def follow_skips(unet: UNet2DConditionModel) -> None:
+    """Upsample to the size of the skip connection that is joined next, for every size.
+
+    diffusers does so where a side of the latents cannot be halved evenly as often as the UNet halves it, and doubles where it
+    can, which is the same. A trace takes one of the two ways.
+    """
+    unet.num_upsamplers = NEVER_EVEN
+    for module in unet.modules():
+        if isinstance(module, Upsample2D):
+            module.forward = partial(upsample, module)
+
+
 class UNetFromRows(nn.Module):
     """sample (B,4,h,w), timestep (1,), rows (B,77,R) -> noise_pred (B,4,h,w), all float32.
 
@@ -73,6 +94,7 @@ class UNetFromRows(nn.Module):
             unet.get_submodule(name).set_processor(RowsAttention(offset, width))
             unet.get_submodule(name.removesuffix("2") + "1").set_processor(SelfAttention())
             offset += 2 * width
+        follow_skips(unet)
         self.model = unet
 
     def forward(

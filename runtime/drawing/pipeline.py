@@ -208,9 +208,16 @@ class Pipeline:
         sides = {"height": (height, latent.height), "width": (width, latent.width)}
         for name, (asked, _) in sides.items():
             if asked is not None and (asked <= 0 or asked % latent.scale):
-                raise EngineError(f"{name}: must be a multiple of {latent.scale}, got {asked}; choose another size")
+                nearest = nearest_sides(asked, latent.scale)
+                raise EngineError(f"{name}: must be a multiple of {latent.scale}, got {asked}; nearest: {nearest}")
         h, w = (default if asked is None else asked // latent.scale for asked, default in sides.values())
         return (latent.channels, h, w)
+
+
+def nearest_sides(asked: int, scale: int) -> str:
+    """The sides in pixels next to one that does not fit: '512 or 520'."""
+    below = asked // scale * scale
+    return " or ".join(str(side) for side in (below, below + scale) if side > 0) or str(scale)
 
 
 def guide(predictions: Array, n: int, guidance: float) -> Array:

@@ -107,7 +107,7 @@ def test_a_stream_has_progress_previews_and_the_picture(served: Any) -> None:
     ("body", "status", "code", "message"),
     [
         ({"model": "mos-mug"}, 404, "model_not_found", "nearest: moss-mug"),
-        ({"size": "17x16"}, 400, "invalid", "width: must be a multiple of 2, got 17; choose another size"),
+        ({"size": "17x16"}, 400, "invalid", "width: must be a multiple of 2, got 17; nearest: 16 or 18"),
         ({"size": "big"}, 400, "size", "size: must be 'auto' or WIDTHxHEIGHT, got 'big'"),
         ({"size": "9000x9000"}, 400, "limit", "size: must be at most 1048576 pixels, got 81000000"),
         ({"n": 11}, 400, "limit", "n: must be at most 10 on this server, got 11"),
