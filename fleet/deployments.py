@@ -13,10 +13,10 @@ from ray.serve.handle import DeploymentHandle
 from personalq.checkin import Decision
 from personalq.repository import Repository
 from runtime.serving.app import create_app
+from runtime.serving.drawing_process.messages import Message
+from runtime.serving.drawing_process.process import DrawProcess
 from runtime.serving.images import Checkin, Service
-from runtime.serving.messages import Message
 from runtime.serving.options import MEGABYTE, DrawOptions, ServeOptions
-from runtime.serving.process import DrawProcess
 from runtime.serving.serve import start_access_log
 
 from .cluster import Replicas

@@ -9,9 +9,9 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from runtime.serving.messages import Message
+from runtime.serving.drawing_process.messages import Message
+from runtime.serving.drawing_process.process import Drawing
 from runtime.serving.options import DrawOptions
-from runtime.serving.process import Drawing
 
 _MOST_DEATHS = 3  # a waiting picture whose engine crashes every replica must not reach all of them
 _REPORT_SECONDS = 1.0

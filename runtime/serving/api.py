@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .formats import LOSSLESS, Format
+from .drawing_process.formats import LOSSLESS, Format
 from .options import Limits
 
 Json = dict[str, Any]

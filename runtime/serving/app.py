@@ -12,10 +12,10 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from .api import ApiError, CheckinRequest, ImageRequest, Json, Refusal
 from .catalogue import model_row, models, sheet
 from .cors import Cors
+from .drawing_process.process import Drawing
 from .guard import PICTURES, Guard
 from .images import Chosen, Service, answer
 from .options import ServeOptions
-from .process import Drawing
 from .refusals import add_refusals, internal_error
 
 PAGE = Path(__file__).parent / "page"

@@ -20,10 +20,10 @@ from ..drawing.pipeline import Settings
 from ..drawing.samplers import sampler_named
 from ..store import open_store
 from .api import ApiError, ImageRequest, Json, check_length, check_limits, format_of, image_event, unused
+from .drawing_process.process import Drawing, DrawProcess, Event, MakeDraws, order
 from .kept import KeptPictures
 from .metrics import Metrics
 from .options import ServeOptions
-from .process import Drawing, DrawProcess, Event, MakeDraws, order
 
 _PREFETCHED = 2  # most likely engines loaded while a question is open
 _SHOWN_CANDIDATES = 5

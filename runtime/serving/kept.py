@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .api import ApiError
-from .formats import MEDIA_TYPES
+from .drawing_process.formats import MEDIA_TYPES
 
 _BYTES, _SECONDS = 64 << 20, 600.0
 _NAME_BYTES = 24  # of randomness: 192 bits. An <img> shows no key, so the name is all that guards a picture

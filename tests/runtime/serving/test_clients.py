@@ -17,10 +17,10 @@ from PIL import Image
 from runtime.drawing.pipeline import Picture, Pipeline, Settings
 from runtime.engines.ort import OrtEngine
 from runtime.serving.api import Checked, CheckinRequest, ImageRequest
-from runtime.serving.formats import Format, encode
+from runtime.serving.drawing_process.formats import Format, encode
+from runtime.serving.drawing_process.warn import first_lost
 from runtime.serving.kept import KeptPictures
 from runtime.serving.options import checked_origins
-from runtime.serving.warn import first_lost
 
 httpx2 = pytest.importorskip("httpx2", reason="httpx2 is not installed: pip install 'personalq[dev]'")
 KEY, SITE = "0123456789abcdef0123", "http://app.example"  # of the `locked` server

@@ -1,6 +1,6 @@
 """The drawing process: engines in memory, a scheduler, and frames in (stdin) and out. Started by the HTTP process.
 
-`python -m runtime.serving.worker OPTIONS` (JSON). It ends when its input ends, so it never outlives its server.
+`python -m runtime.serving.drawing_process.worker OPTIONS` (JSON). It ends when its input ends, so it never outlives its server.
 """
 
 import json
@@ -19,15 +19,15 @@ from typing import Any, BinaryIO
 from personalq.bundle import Manifest
 from personalq.errors import PersonalQError
 
-from ..drawing.pipeline import Picture, Pipeline, Settings
-from ..engines.engine import open_engine
-from ..engines.memory import allocated_bytes, memory_bytes
-from ..engines.sessions import is_shared, shared_bytes
-from ..residency import Loaded, Residency
-from ..store import open_store
+from ...drawing.pipeline import Picture, Pipeline, Settings
+from ...engines.engine import open_engine
+from ...engines.memory import allocated_bytes, memory_bytes
+from ...engines.sessions import is_shared, shared_bytes
+from ...residency import Loaded, Residency
+from ...store import open_store
+from ..options import MEGABYTE, DrawOptions
 from .formats import Format
 from .messages import Message, pack, read
-from .options import MEGABYTE, DrawOptions
 from .scheduler import Job, Scheduler
 
 GRAPH_SUFFIXES = (".onnx", ".data")

@@ -1,6 +1,6 @@
 """What a person should know about a picture that was drawn: text of the request that it does not show. Knows pipelines."""
 
-from ..drawing.pipeline import Picture, Pipeline
+from ...drawing.pipeline import Picture, Pipeline
 
 _LONG_WORD = 40  # characters; some languages put no spaces
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from personalq.errors import EngineError, PersonalQError
 
-from ..drawing.image import Image
-from ..drawing.pipeline import Picture, Pipeline, Settings, Step
-from ..residency import Residency
+from ...drawing.image import Image
+from ...drawing.pipeline import Picture, Pipeline, Settings, Step
+from ...residency import Residency
 from .formats import PNG, Format, encode
 from .messages import Message
 from .warn import warnings_of

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image as Pillow
 
-from ..drawing.image import Image, png_bytes
+from ...drawing.image import Image, png_bytes
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 LOSSLESS = 100
