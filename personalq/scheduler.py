@@ -10,12 +10,10 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .errors import RepositoryError
 
-CONFIG = "scheduler/scheduler_config.json"
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -114,20 +112,19 @@ class BaseScheduler:
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
 
-def read_scheduler(base_dir: Path, *, is_xl: bool) -> BaseScheduler:
-    """The scheduler of a base folder, as the diffusers pipeline of that base has it. Raises RepositoryError.
+def resolve_scheduler(config: Mapping[str, Any], index: Mapping[str, Any], *, is_xl: bool, where: str) -> BaseScheduler:
+    """A scheduler_config as the diffusers pipeline with this model_index.json has it. Raises RepositoryError.
 
     model_index.json names the class that diffusers makes. StableDiffusionPipeline takes a steps_offset that is not 1 for 1,
     and clips no latents: its first configs said neither. SDXL's pipeline takes both as they are.
     """
-    config, index = _json(base_dir / CONFIG), _json(base_dir / "model_index.json")
     named = index.get("scheduler")
     if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str):
         config = {**config, "_class_name": named[1]}
     try:
         settings = settings_of(config)
     except RepositoryError as error:
-        raise RepositoryError(f"{base_dir / CONFIG}: {error}") from error
+        raise RepositoryError(f"{where}: {error}") from error
     notes = [] if is_xl else _overrule(settings)
     sampler, why = sampler_of(settings)
     return BaseScheduler(settings, sampler, tuple(filter(None, (*notes, why, _unread(config)))))
@@ -193,18 +190,6 @@ def _unread(config: Mapping[str, Any]) -> str:
     odd = sorted(str(name)[:40] for name in config if not str(name).startswith("_") and name not in READ_ELSEWHERE)
     odd = [name for name in odd if name not in _NOISE and not any(name in fields for fields in CLASSES.values())]
     return f"scheduler: not used, no scheduler knows it: {', '.join(odd[:5])}" if odd else ""
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise RepositoryError(f"{file}: must exist in a base, got nothing; add the whole diffusers folder") from error
-    except ValueError as error:
-        raise RepositoryError(f"{file}: must be JSON, got {error}; copy the base again") from error
-    if not isinstance(found, dict):
-        raise RepositoryError(f"{file}: must be a JSON object, got {type(found).__name__}; copy the base again")
-    return found
 
 
 def _is_number(value: Any) -> bool:

@@ -59,6 +59,9 @@ _SERVING = (
         "--max-batch", type=click.IntRange(min=1), default=4, show_default=True, help="Pictures drawn together."
     ),
     click.option("--api-keys", type=_FILE, help="File of keys, one a line. Without it everybody may ask."),
+    click.option(
+        "--allow-origin", "origins", multiple=True, metavar="URL", help="Whose pages may ask from a browser; '*': all."
+    ),
     click.option("--store", default="", metavar="URL", help="Also serve the bundles of a store: docs/export.md."),
     click.option(
         "--cache-mb", type=click.FloatRange(min=1), default=20000.0, show_default=True, help="Of its bundles."

@@ -28,7 +28,7 @@ OPSET = 20  # GroupNorm becomes InstanceNormalization, which ONNX Runtime's CPU 
 def attend(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention written out: query (B,N,C), key and value (B,M,C) -> (B,N,C), the output projection applied.
 
-    torch's fused operator exports as a dozen shape computations around the same two products; these are all there is.
+    torch's fused operator exports as a dozen shape computations around the same two products; this form has none of them.
     """
     query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
     scores = (query.permute(0, 2, 1, 3) * attn.scale) @ key.permute(0, 2, 3, 1)
@@ -37,7 +37,7 @@ def attend(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class SelfAttention:
-    """Attention processor of a layer that looks at its own input."""
+    """Attention processor of a self-attention layer."""
 
     def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """hidden_states (B, N, C) -> (B, N, C)."""
@@ -84,7 +84,7 @@ def follow_skips(unet: UNet2DConditionModel) -> None:
 class UNetFromRows(nn.Module):
     """sample (B,4,h,w), timestep (1,), rows (B,77,R) -> noise_pred (B,4,h,w), all float32.
 
-    SDXL is told two things more: text_embeds (B,P), the second encoder's pooled text, and time_ids (B,6).
+    SDXL has two more inputs: text_embeds (B,P), the second encoder's pooled text, and time_ids (B,6).
     """
 
     def __init__(self, unet: UNet2DConditionModel):
@@ -161,7 +161,7 @@ class VaeDecoder(nn.Module):
         return self.model.decode(latent, return_dict=False)[0]
 
 
-# diffusers' Upsample2D branches at batch 64 (a layout hint only), which torch.export takes for a limit.
+# diffusers' Upsample2D branches at batch 64 (a layout hint only), which torch.export turns into an upper bound.
 BATCH = torch.export.Dim("batch", max=63)
 AREA = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
 
@@ -169,7 +169,7 @@ AREA = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
 def trace_graphs(configs: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ir.Model]]:
     """Family configs (component -> diffusers/transformers config) -> (name, graph without weights), one by one.
 
-    Dynamic batch, height and width. Weights play no part and take no memory: every parameter is one zero, expanded.
+    Dynamic batch, height and width. Weights are not needed and take no memory: every parameter is a single expanded zero.
     """
     length, is_sdxl = configs["text_encoder"].get("max_position_embeddings", 77), "text_encoder_2" in configs
     ids = torch.ones(2, length, dtype=torch.long)
@@ -297,7 +297,7 @@ def share_constants(model: ir.Model, parameters: set[str]) -> None:
 
 
 def strip_notes(model: ir.Model) -> None:
-    """Remove what only a debugger wants: doc strings, metadata (it holds file paths of the tracing machine), stack traces."""
+    """Remove what only debugging needs: doc strings, metadata (it holds file paths of the tracing machine), stack traces."""
     model.doc_string = None
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

@@ -82,7 +82,7 @@ def start_noise(seed: int, shape: tuple[int, ...]) -> Array:
 
 
 class Pipeline:
-    """Draws pictures with one engine. Keeps the rows of the last prompts, and those of the empty prompt, computed."""
+    """Draws pictures with one engine. Caches the rows of the last prompts, and those of the empty prompt."""
 
     def __init__(self, engine: Engine, *, cached_prompts: int = 16) -> None:
         self.engine = engine
@@ -143,7 +143,7 @@ class Pipeline:
         return PromptRows(conditioning=conditioning, kept=positions, text_embeds=embeds.states, cut=cut)
 
     def _check_cut(self, encoded: Encoded) -> None:
-        """Refuse a prompt whose trigger was cut; one that also stands whole in what fits is fine."""
+        """Refuse a prompt whose trigger was truncated, unless the trigger also occurs whole in what fits."""
         kept = encoded.tokens[: encoded.n_words]
         limit = self.manifest.text.length
         for trigger, ids in zip(self.manifest.checkpoint.trigger, self._triggers, strict=True):
@@ -239,7 +239,7 @@ def to_uint8(image: Array) -> Image:
 
 @dataclass(frozen=True)
 class _Run:
-    """One batch's decisions, made before its first step."""
+    """The decisions for one batch, made before its first step."""
 
     sampler: str
     plan: Plan

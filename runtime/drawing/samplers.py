@@ -67,7 +67,7 @@ StepRule = Callable[[Schedule, Plan, int, Array, tuple[Array, Array], Array, Tra
 
 @dataclass(frozen=True)
 class Sampler:
-    """A named way to denoise. is_noisy: its steps draw noise. clips: it obeys the base's clip_sample."""
+    """A named way to denoise. is_noisy: its steps draw noise. clips: it honours the base's clip_sample."""
 
     plan: Callable[[Schedule, int], Plan]
     step: StepRule
@@ -224,7 +224,7 @@ def _euler_plan(schedule: Schedule, n_steps: int) -> Plan:
 
 
 def _dpm_plan(schedule: Schedule, n_steps: int) -> Plan:
-    """One time step more than asked is spaced, and the cleanest one left out (trailing: as asked)."""
+    """One more time step than asked for is spaced, and the cleanest one dropped (trailing: exactly as many as asked for)."""
     last = schedule.n_train
     if schedule.spacing == "linspace":
         times: Levels = np.linspace(0, last - 1, n_steps + 1).round()[::-1][:-1]

@@ -122,7 +122,7 @@ function finish(state, asked, event) {
   byId("compare").disabled = !state.names.get(told.checkpoint)?.has_reference;
   byId("compare").title = byId("compare").disabled ? "This checkpoint has no unquantised bundle" : "";
   byId("caption").hidden = false;
-  say("Done.");
+  say(["Done.", ...event.warnings].join(" "));
 }
 
 function ask(state, error) {

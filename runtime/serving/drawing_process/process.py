@@ -14,9 +14,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from ..engines.memory import draw_environment
+from ...engines.memory import draw_environment
+from ..options import DrawOptions
+from .formats import PNG
 from .messages import HEAD, Message, pack, sizes
-from .options import DrawOptions
 
 logger = logging.getLogger("personalq.runtime")
 Event = tuple[Message, bytes]
@@ -162,7 +163,7 @@ class DrawProcess:
         told = json.dumps({**asdict(self._options), "repository": str(self._options.repository)})
         pipe = asyncio.subprocess.PIPE
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "runtime.serving.worker", told),
+            *(sys.executable, "-m", "runtime.serving.drawing_process.worker", told),
             stdin=pipe,
             stdout=pipe,
             start_new_session=True,
@@ -204,12 +205,13 @@ class DrawProcess:
 
 
 def order(checkpoint: str, picture: dict[str, Any], settings: dict[str, Any], **more: Any) -> Message:
-    """What a job says besides its id. more: variant ('best' or 'reference'), previews."""
+    """What a job says besides its id. more: variant ('best' or 'reference'), previews, form (fields of Format)."""
     return {
         "checkpoint": checkpoint,
         "picture": picture,
         "settings": settings,
         "variant": "best",
         "previews": 0,
+        "form": asdict(PNG),
         **more,
     }

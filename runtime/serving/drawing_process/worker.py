@@ -1,6 +1,6 @@
 """The drawing process: engines in memory, a scheduler, and frames in (stdin) and out. Started by the HTTP process.
 
-`python -m runtime.serving.worker OPTIONS` (JSON). It ends when its input ends, so it never outlives its server.
+`python -m runtime.serving.drawing_process.worker OPTIONS` (JSON). It ends when its input ends, so it never outlives its server.
 """
 
 import json
@@ -19,14 +19,15 @@ from typing import Any, BinaryIO
 from personalq.bundle import Manifest
 from personalq.errors import PersonalQError
 
-from ..drawing.pipeline import Picture, Pipeline, Settings
-from ..engines.engine import open_engine
-from ..engines.memory import allocated_bytes, memory_bytes
-from ..engines.sessions import is_shared, shared_bytes
-from ..residency import Loaded, Residency
-from ..store import open_store
+from ...drawing.pipeline import Picture, Pipeline, Settings
+from ...engines.engine import open_engine
+from ...engines.memory import allocated_bytes, memory_bytes
+from ...engines.sessions import is_shared, shared_bytes
+from ...residency import Loaded, Residency
+from ...store import open_store
+from ..options import MEGABYTE, DrawOptions
+from .formats import Format
 from .messages import Message, pack, read
-from .options import MEGABYTE, DrawOptions
 from .scheduler import Job, Scheduler
 
 GRAPH_SUFFIXES = (".onnx", ".data")
@@ -85,6 +86,7 @@ class Worker:
                 settings=Settings(**told["settings"]),
                 deadline=time.monotonic() + told["seconds_left"],
                 previews=told["previews"],
+                form=Format(**told["form"]),
             )
         except Exception as error:  # the boundary: the server hears about every job
             self.emit({"event": "error", "id": told["id"], "kind": type(error).__name__, "message": str(error)})
@@ -184,10 +186,16 @@ def is_unchanged(pipeline: Pipeline) -> bool:
     return pipeline.engine.is_whole()
 
 
+def is_of_no_prompt(record: logging.LogRecord) -> bool:
+    """Whether a line may go to the log: what a prompt lost is said in its answer, and prompts are not the log's."""
+    return not str(record.msg).startswith("prompt:")
+
+
 def main() -> None:
     """Serve frames until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the server, which drains first
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="personalq: %(message)s")
+    logging.getLogger("personalq.runtime").addFilter(is_of_no_prompt)
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints goes to stderr, never between frames
     settings = json.loads(sys.argv[1])

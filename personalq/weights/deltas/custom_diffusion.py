@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ..errors import RepositoryError
+from ...errors import RepositoryError
+from ..tensorfile import TensorFile
 from .edits import ANOTHER_BASE, Delta, Replaced, Shapes, unmatched
-from .tensorfile import TensorFile
 
 _MARK = "_custom_diffusion"
 _PROJECTION = re.compile(r"attn2\.(?:processor\.)?to_(?:q|k|v|out\.0)\.(?:weight|bias)$")

@@ -11,17 +11,19 @@ from dataclasses import dataclass
 
 from personalq.errors import EngineError, PersonalQError
 
-from ..drawing.image import png_bytes
-from ..drawing.pipeline import Picture, Pipeline, Settings, Step
-from ..residency import Residency
+from ...drawing.image import Image
+from ...drawing.pipeline import Picture, Pipeline, Settings, Step
+from ...residency import Residency
+from .formats import PNG, Format, encode
 from .messages import Message
+from .warn import warnings_of
 
 Emit = Callable[[Message, bytes], None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture that was asked for. key: its engine; deadline: time.monotonic(); previews: how many to show."""
+    """One picture that was asked for. key: its engine; deadline: time.monotonic(); previews: how many to show; form: of files."""
 
     id: str
     key: str
@@ -29,6 +31,7 @@ class Job:
     settings: Settings
     deadline: float
     previews: int = 0
+    form: Format = PNG
 
 
 @dataclass
@@ -162,13 +165,12 @@ class Scheduler:
             if not live:
                 return
             for i, job in live.items():
-                preview = png_bytes(pipeline.decode(step.predicted[i])) if _shows(job, step) else b""
-                progress = {"event": "step", "id": job.id, "step": step.index + 1, "steps": step.n_steps}
-                self._emit(progress, preview)
+                progress: Message = {"event": "step", "id": job.id, "step": step.index + 1, "steps": step.n_steps}
+                preview = pipeline.decode(step.predicted[i]) if _shows(job, step) else None
+                self._emit_picture(progress, job, preview)
         assert last is not None
         seconds = time.monotonic() - begun
         for i, job in live.items():
-            image = png_bytes(pipeline.decode(last.latents[i]))
             told: Message = {
                 "event": "done",
                 "id": job.id,
@@ -181,7 +183,16 @@ class Scheduler:
                 "bundle": manifest.key,
                 "policy": " ".join(dict.fromkeys((manifest.spec.policy, manifest.spec.bits))),
             }
-            self._emit({**told, "unet_bytes": manifest.sizes.unet}, image)
+            told |= {"unet_bytes": manifest.sizes.unet, "warnings": warnings_of(pipeline, job.picture)}
+            self._emit_picture(told, job, pipeline.decode(last.latents[i]))
+
+    def _emit_picture(self, told: Message, job: Job, image: Image | None) -> None:
+        """Emit an event with its picture, when it has one, as the file that the job asks for."""
+        if image is None:
+            self._emit(told, b"")
+            return
+        height, width, _ = image.shape
+        self._emit({**told, "size": f"{width}x{height}"}, encode(image, job.form))
 
     def _is_over(self, job: Job) -> bool:
         if job.id in self._cancelled:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..models import SECOND_ENCODER
+from ..one_file.original import is_original
+from ..tensorfile import TensorFile
+from .bundled import bundled_embeddings, bundled_tokens
 from .custom_diffusion import custom_diffusion_edits, is_custom_diffusion
 from .edits import Delta, Shapes, unmatched
-from .embeddings import embedding_edits, is_embedding
-from .lora import is_lora, lora_edits
-from .original import is_original
-from .tensorfile import TensorFile
+from .embeddings import embedding_edits, is_embedding, learned_tokens
+from .lora import lora_edits
+from .lora_names import is_lora
 
+SUFFIX = ".safetensors"
 _KINDS = {
     "original": is_original,
     "lora": is_lora,
@@ -30,6 +34,7 @@ def delta_of(files: Sequence[TensorFile], base: Mapping[str, Shapes], vocabulary
     Raises RepositoryError for whatever does not fit the base, and for a tensor that nothing would use.
     """
     delta, embeddings = Delta(), []
+    bundled = [one for file in files for one in bundled_embeddings(file, SECOND_ENCODER in base)]
     for file in files:
         kind = file_kind(file.shapes)
         if kind == "lora":
@@ -40,5 +45,13 @@ def delta_of(files: Sequence[TensorFile], base: Mapping[str, Shapes], vocabulary
             embeddings.append(file)
         else:
             raise unmatched(file, file.names())
-    embedding_edits(embeddings, base, vocabulary, delta)
+    embedding_edits(embeddings, base, vocabulary, delta, bundled)
     return delta
+
+
+def added_tokens(files: Mapping[str, Shapes]) -> list[str]:
+    """The tokens that files add, by their names and shapes. files: name -> tensor shapes."""
+    loose = {name: shapes for name, shapes in sorted(files.items()) if "/" not in name and is_embedding(shapes)}
+    tokens = [token for name, shapes in loose.items() for token in learned_tokens(name.removesuffix(SUFFIX), shapes)]
+    bundled = [token for shapes in files.values() for token in bundled_tokens(shapes)]
+    return list(dict.fromkeys([*bundled, *tokens]))
