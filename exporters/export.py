@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -50,7 +51,7 @@ from .lock import only_one
 from .share import write_sharing_graph
 from .tokenizer import write_tokenizers
 
-EXPORTER_VERSION = "5"
+EXPORTER_VERSION = "6"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ def export_checkpoint(
     progress("reading weights", 0.0)
     weights = open_weights(base_dir, repository.checkpoint_dir(card.id), card.kind)
     family = open_family(repository.root / "families", base_dir, progress)
-    entry = checkpoint_entry(card, weights_sha256(base_dir, repository.checkpoint_dir(card.id)))
+    own = repository.checkpoint_dir(card.id)
+    entry = checkpoint_entry(
+        card, weights_sha256(base_dir, own), sorted(file.stem for file in own.glob("*.safetensors"))
+    )
     told = {"checkpoint": entry.model_dump(), "latent": latent_of(family.configs).model_dump()}
     parts = {
         "weights": entry.sha256,
@@ -213,6 +217,7 @@ def manifest_of(job: Job, lowered: Lowered, text: Text) -> Manifest:
             width=sum(2 * layer.width for layer in spec.rows.layers),
             layers=spec.rows.layers,
             kept=spec.rows.kept,
+            is_open=True,
         ),
         text=text,
         latent=latent_of(job.family.configs),
@@ -242,8 +247,8 @@ def finish(job: Job, folder: Path, root: Path) -> None:
     (folder / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update={"files": files})))
 
 
-def checkpoint_entry(card: Card, sha256: str) -> CheckpointEntry:
-    """What a bundle says of its checkpoint. sha256: of the weights."""
+def checkpoint_entry(card: Card, sha256: str, files: Sequence[str] = ()) -> CheckpointEntry:
+    """What a bundle says of its checkpoint. sha256: of the weights; files: the stems of its own."""
     return CheckpointEntry(
         id=card.id,
         name=card.name,
@@ -252,6 +257,7 @@ def checkpoint_entry(card: Card, sha256: str) -> CheckpointEntry:
         trigger=tuple(card.trigger),
         class_noun=card.class_noun,
         sha256=sha256,
+        files=tuple(files),
     )
 
 
