@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fleet.command import export_command, serve_command
+from fleet.convert import convert
 from runtime.commands import asking_options, drawing_options
-from runtime.console import Commands, Result, each_line, progress, reports, start_logging, talk
+from runtime.console import Commands, Result, each_line, progress, reports, start_logging, talk, wants_json
 from runtime.gate.command import verify_command
 
 if TYPE_CHECKING:
@@ -46,26 +47,31 @@ def opened(*, create: bool = False) -> Repository:
 @cli.command()
 @click.argument("sources", metavar="SOURCE...", nargs=-1, type=PATH)
 @click.option("--cards", type=PATH, help="Take in a file of cards without weights: JSONL, Civitai, StylusDocs, ...")
-@click.option("--base", default="", help="Base of the sources: an id here, or a diffusers folder to add first.")
+@click.option("--base", default="", help="Base of the sources: an id here, or a folder or file to add first.")
 @click.option("--id", "card_id", default="", help="Id for a single SOURCE, in place of its card's.")
 @click.option("--replace", is_flag=True, help="Replace a checkpoint that has the same id.")
 @click.option("--adult", is_flag=True, help="Also take in what is marked as adult content or a real person.")
 @reports
 def add(sources: tuple[Path, ...], cards: Path | None, base: str, card_id: str, replace: bool, adult: bool) -> Result:
-    """Take in checkpoints: diffusers folders, LoRAs, Custom-Diffusion deltas, embeddings."""
+    """Take in checkpoints: diffusers folders, one-file models, LoRAs, Custom-Diffusion deltas, embeddings, folders of them."""
     from personalq.repository import AddResult
 
     if not (sources or cards or base) or (card_id and len(sources) != 1):
-        raise click.UsageError("name at least one SOURCE (with --id exactly one), --cards FILE or --base FOLDER")
+        raise click.UsageError("name at least one SOURCE (with --id exactly one), --cards FILE or --base FOLDER|FILE")
     repository, result, bases = opened(create=True), AddResult(), []
-    if (Path(base) / "model_index.json").is_file():
-        base = repository.add_base(Path(base))
-        bases.append(base)
-    for source in sources:
-        result += repository.add(source, base=base, card_id=card_id, replace=replace, adult=adult)
+    if base and base not in repository.bases() and Path(base).exists():
+        made = repository.add_base(Path(base))
+        base = made.id
+        bases.append(asdict(made))
+    with progress() as report:
+        for source in sources:
+            result += repository.add_all(source, report, base=base, card_id=card_id, replace=replace, adult=adult)
     result += repository.add_cards(cards, adult=adult) if cards else AddResult()
     click.echo("".join(f"personalq: {refused.reason}\n" for refused in result.refused), err=True, nl=False)
     return Result({**result.to_json(), "bases": bases}, code=1 if result.refused else 0)
+
+
+cli.add_command(convert)
 
 
 @cli.command("ls")
@@ -224,10 +230,11 @@ def diff(a: Path, b: Path) -> Result:
 @cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("name")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def bench(name: str, arguments: tuple[str, ...]) -> None:
-    """Run one benchmark of bench/; its options follow its NAME. The last line is one JSON object."""
-    from bench import names, run
+@reports
+def bench(name: str, arguments: tuple[str, ...]) -> Result:
+    """Run one benchmark of bench/; its options follow its NAME. The last line is one JSON object; --json: the only one."""
+    from bench import names, run, run_for_json
 
     if name not in names():
         raise click.UsageError(f"NAME must be one of {', '.join(names())}, got {name!r}")
-    run(name, arguments)
+    return Result({}, code=(run_for_json if wants_json() else run)(name, arguments), printed=True)

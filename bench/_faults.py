@@ -4,6 +4,7 @@ A fault is what a bug in an exporter, a runtime or a copy job would leave behind
 to fit afterwards (see `reseal`): none is found by its bytes alone. Bench-only: the gate itself never writes a bundle.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -179,6 +180,21 @@ def wrong_prediction_type(case: Case) -> None:
     reseal(case.folder, scheduler={**scheduler, "prediction_type": "epsilon" if is_v else "v_prediction"})
 
 
+def wrong_scheduler(case: Case) -> None:
+    """The manifest's noise schedule is another base's: linear betas."""
+    reseal(case.folder, scheduler={**read_manifest(case.folder).scheduler, "beta_schedule": "linear"})
+
+
+def wrong_tokenizer(case: Case) -> None:
+    """Two words of the trigger's prompts have each other's ids, as in the tokenizer of another model."""
+    file = case.folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    first, second = "photo</w>", "a</w>"
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    file.write_text(json.dumps(content))
+
+
 def golden_corrupted(case: Case) -> None:
     """A tenth of one golden prediction is zeros."""
     file = case.folder / GOLDEN
@@ -201,6 +217,8 @@ FAULTS: dict[str, Fault] = {
     "int4 nibbles swapped": nibbles_swapped,
     "LoRA merged twice": lora_merged_twice,
     "wrong prediction type": wrong_prediction_type,
+    "wrong scheduler": wrong_scheduler,
+    "wrong tokenizer": wrong_tokenizer,
     "corrupted golden": golden_corrupted,
 }
 NEEDS_INT4, NEEDS_LORA = ("int4 nibbles swapped",), ("LoRA merged twice",)

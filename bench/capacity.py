@@ -39,7 +39,7 @@ from personalq.repository import Repository, audit
 from runtime.drawing.pipeline import Picture, Settings
 from runtime.engines.memory import allocated_bytes
 from runtime.residency import GreedyDual
-from runtime.serving.worker import graph_bytes
+from runtime.serving.drawing_process.worker import graph_bytes
 from runtime.store import Store
 
 BUSY = 0.8  # of a replica's time: what is left keeps queues short

@@ -199,9 +199,10 @@ def decide(model: Model, evidence: Evidence) -> tuple[str, NDArray[np.float32]]:
 @click.option("--made", default=200, help="requests made from cards")
 def main(out: Path, subs: int, made: int) -> None:
     """Fit on all of the dev set and write the numbers; bench.ask reports the cross-validated ones."""
-    data = fit(make_examples(subs, made))
+    data = fit(examples := make_examples(subs, made))
     out.write_text(json.dumps(data, indent=1) + "\n")
     click.echo(f"wrote {out}")
+    click.echo(json.dumps({"bench": "fit_checkin", "examples": len(examples), "out": str(out)}))
 
 
 if __name__ == "__main__":

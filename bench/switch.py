@@ -31,7 +31,7 @@ from runtime.drawing.pipeline import Pipeline
 from runtime.engines.engine import open_engine
 from runtime.engines.memory import draw_environment
 from runtime.residency import GreedyDual, LeastRecent, Loaded, Ranking, Residency
-from runtime.serving.worker import graph_bytes, is_unchanged
+from runtime.serving.drawing_process.worker import graph_bytes, is_unchanged
 from runtime.store import Store
 from runtime.targets import missing
 

@@ -1,4 +1,4 @@
-"""Safetensors bytes that are the same every time: the library itself writes the keys of its metadata in random order."""
+"""Safetensors bytes that are reproducible: the library itself writes metadata keys in random order."""
 
 import json
 from collections.abc import Mapping

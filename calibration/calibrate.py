@@ -13,7 +13,8 @@ from personalq.cards.card import Card, folder_name
 from personalq.errors import SpecError
 from personalq.repository import Repository
 from personalq.repository.atomic import write_atomic
-from personalq.repository.identity import sampling_defaults, weights_sha256
+from personalq.repository.identity import weights_sha256
+from personalq.repository.settings import Settings, read_settings
 from personalq.rows import KeptTokens
 from personalq.spec import REFERENCE, LayerSpec, Provenance, RowsSpec, Spec, SpecFile
 
@@ -89,15 +90,16 @@ def calibrate(
     folder = repository.root / "specs" / folder_name(card.id)
     reference, sha256 = folder / REFERENCE, checkpoint_sha256(repository, card)
     checked = ""
-    if not is_current(reference, sha256):
+    settings = settings_of(repository, card)
+    if not is_current(reference, sha256, settings.scheduler):
         progress("comparing with diffusers' own loaders", 0.0)
         checked = checked_against(repository, card)  # before ours is loaded: one pipeline in memory at a time
     progress("loading the checkpoint", 0.0)
     evidence = evidence or gather(repository, card, options, progress)
     if checked:
         progress("running the FP32 reference", 0.0)
-        told = {"checkpoint_sha256": sha256, "checked_against": checked}
-        write_reference(evidence.pipe, card, reference, **sampling_defaults(repository.base_dir(card)), **told)
+        told = {"checkpoint_sha256": sha256, "checked_against": checked, **settings.sampling()}
+        write_reference(evidence.pipe, card, reference, scheduler=settings.scheduler, **told)
     checked = metadata_of(reference).get("checked_against", "not recorded")
     spec_file, kept = build_spec(repository, card, evidence, options, checked)
     path = spec_file.write(folder / f"{spec_file.spec.name}.json")
@@ -156,10 +158,15 @@ def gather(repository: Repository, card: Card, options: CalibrateOptions, progre
         () if options.policy in FLOAT_POLICIES else tuple(calibration_prompts(card, options.samples, options.seed))
     )
     tokens = card_tokens(pipe, card)
-    guidance = sampling_defaults(repository.base_dir(card))["guidance"]
+    guidance = settings_of(repository, card).guidance
     recipe = Recipe(prompts, tokens.trigger, tokens.class_noun, options.steps, guidance, options.seed)
     folder = repository.root / "specs" / folder_name(card.id)
     return Evidence(pipe, recipe, progress, folder / STATISTICS, checkpoint_sha256(repository, card))
+
+
+def settings_of(repository: Repository, card: Card) -> Settings:
+    """The checkpoint's scheduler, tokenizers and what else its author shipped."""
+    return read_settings(repository.base_dir(card), repository.checkpoint_dir(card.id))
 
 
 def checkpoint_sha256(repository: Repository, card: Card) -> str:

@@ -29,10 +29,10 @@ BITS = {
     "w4a8": ("int4", "int8"),
     "w4a16": ("int4", "float"),
 }
-BLOCKS = (64, 32, 16)  # lengths that ONNX Runtime's and TensorRT's 4-bit products know, the longest first
+BLOCKS = (64, 32, 16)  # block lengths that both ONNX Runtime's and TensorRT's 4-bit products support, longest first
 FIND = {"mse": mse_scale, "absmax": absmax_scale}
 LEARN = {"gptq": gptq, "adaround": adaround}
-# Per weight on disk; 7 and 6 bits lie in a byte.
+# Per weight on disk; 7- and 6-bit weights take a byte.
 BYTES = {"float": 2.0, "int8": 1.0, "int7": 1.0, "int6": 1.0, "int4": 0.5}
 CONTENT = (
     ".attn2.",
@@ -99,7 +99,7 @@ def decide_layers(evidence: Evidence, rule: Rule, bits: str, budget_bytes: int |
 
 
 def finished(evidence: Evidence, rule: Rule, decisions: Decisions) -> Decisions:
-    """What needs all layers decided: tuning of floats, correction of the prediction."""
+    """The steps that need every layer decided first: tuning of floats, correction of the prediction."""
     if rule.tune and any(QTYPES[d.weight].bits < 7 for d in decisions.layers.values() if d.weight != "float"):
         tensors, tuned = tune_decisions(evidence, decisions.layers, decisions.tensors, rule.weighting)
         layers = {
@@ -239,7 +239,7 @@ def share_out(evidence: Evidence, rule: Rule, budget_bytes: int) -> dict[str, st
 def decoupled(
     bytes_of: Mapping[str, Mapping[str, int]], harm_of: Mapping[str, Mapping[str, float]], budget_bytes: int
 ) -> dict[str, str]:
-    """MixDQ's two programmes: content and quality layers share the budget by their smallest bytes, then each its own."""
+    """MixDQ's two programmes: content and quality layers split the budget by their smallest bytes; each then spends its own."""
     content = {name for name in bytes_of if any(part in name for part in CONTENT)}
     least = {name: min(widths.values()) for name, widths in bytes_of.items()}
     share = budget_bytes / sum(least.values())

@@ -1,7 +1,7 @@
 """Policies: named rules that turn evidence into the decisions of a spec. All of them pass through the same exporter.
 
-Each names its source and where it had to deviate to be exportable (symmetric scales, static activations, one scale per
-output channel: what TensorRT and ONNX Runtime run as integers). Controls differ from `taq` in one thing only.
+Each names its source and where it deviates from it in order to be exportable (symmetric scales, static activations, one scale per
+output channel: what TensorRT and ONNX Runtime run as integers). Controls differ from `taq` in exactly one respect.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def no_rows(tokens: Tokens, rows: RowStatistics) -> tuple[KeptTokens, dict[str, 
 class Rule:
     """How a policy finds scales, rounds, spends a byte budget and keeps rows.
 
-    rounding: 'nearest', 'gptq' or 'adaround' (below 8 bits); weighting: whose errors count, 'plain' or 'trigger' (pixels
+    rounding: 'nearest', 'gptq' or 'adaround' (below 8 bits); weighting: which errors count, 'plain' or 'trigger' (pixels
     weighted by attention). balance: '', 'smooth' or 'shortcut'. time_weights: how much each time-step bin counts in the
     ranges. low_rank: rank of a float branch by weight shape. tune, corrected, decoupled: see rounding.finish and decide.
     """
@@ -56,7 +56,7 @@ class Rule:
 
 
 def edges(name: str) -> str:
-    """The first and last convolution: 4 latent channels wide, a few KB, and every error there is an error of the picture."""
+    """The first and last convolution: 4 latent channels, a few KB, and every error in them reaches the picture directly."""
     if name in ("conv_in", "conv_out"):
         return "first or last layer: 4 latent channels, few bytes, its error is the picture's error"
     return ""
@@ -70,7 +70,7 @@ def edges_and_time(name: str) -> str:
 
 
 def trigger_and_measured(tokens: Tokens, rows: RowStatistics) -> tuple[KeptTokens, dict[str, str]]:
-    """Trigger always; BOS, class noun, EOS or the first padding row when attention times error says they matter more.
+    """Keep the trigger; keep BOS, class noun, EOS or the first padding row if attention times error is above average.
 
     A class is kept when the mean over layers of (its share of attention per row) x (its 8-bit error) exceeds the mean
     over all 77 rows: the rows where one slot saves the most.

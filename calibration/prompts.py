@@ -26,7 +26,7 @@ PLAIN = ("a red car {scene}", "a blue bird {scene}", "a house {scene}")
 
 
 def subject_of(card: Card) -> str:
-    """The words that call the concept: canonical trigger, and the class noun where the trigger lacks it."""
+    """The words that name the concept: the canonical trigger, plus the class noun if the trigger does not contain it."""
     trigger = card.trigger[0] if card.trigger else ""
     noun = "" if is_style(card) or card.class_noun.lower() in trigger.lower().split() else card.class_noun
     return " ".join(part for part in (trigger, noun) if part) or card.name

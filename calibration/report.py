@@ -95,7 +95,7 @@ def _row_figure(numbers: dict[str, dict[str, float]]) -> Any:
 
 
 def _widths(spec: Spec) -> dict[str, str]:
-    """How many layers of which kind became what."""
+    """Layer counts by kind and resulting precision."""
     counted = Counter((layer.op, layer.weight, layer.activation) for layer in spec.layers.values())
     return {
         f"{n} {op}": f"{weight} weights, {activation} activations" for (op, weight, activation), n in counted.items()

@@ -1,6 +1,6 @@
 """Checkpoint + spec -> bundle: content-addressed, written beside its place and renamed into it, reused when it exists."""
 
-import json
+import logging
 import resource
 import shutil
 import time
@@ -36,11 +36,12 @@ from personalq.cards.card import Card
 from personalq.errors import BundleError, SpecError
 from personalq.repository import Repository
 from personalq.repository.atomic import atomic_directory, settle
-from personalq.repository.identity import sampling_defaults, settings_sha256, weights_sha256
+from personalq.repository.identity import weights_sha256
+from personalq.repository.settings import Settings, read_settings
 from personalq.repository.sharing import link_shared, note_shared
 from personalq.spec import REFERENCE, SpecFile, read_spec
 from personalq.weights.checkpoint import CheckpointWeights, ComponentWeights, open_weights
-from personalq.weights.embeddings import TOKEN_EMBEDDING
+from personalq.weights.models import TOKEN_EMBEDDING
 
 from .external_data import Report, silent, write_graph
 from .graphs.family import Family, open_family
@@ -51,7 +52,9 @@ from .lock import only_one
 from .share import write_sharing_graph
 from .tokenizer import write_tokenizers
 
-EXPORTER_VERSION = "6"
+logger = logging.getLogger("personalq.exporters")
+
+EXPORTER_VERSION = "7"
 
 
 @dataclass(frozen=True)
@@ -80,16 +83,17 @@ def export_checkpoint(
     card, spec_file = repository.card(checkpoint_id), read_spec(spec_path)
     base_dir, reference = repository.base_dir(card), spec_path.parent / REFERENCE
     progress("reading weights", 0.0)
-    weights = open_weights(base_dir, repository.checkpoint_dir(card.id), card.kind)
+    checkpoint_dir = repository.checkpoint_dir(card.id)
+    weights, settings = open_weights(base_dir, checkpoint_dir, card.kind), read_settings(base_dir, checkpoint_dir)
     family = open_family(repository.root / "families", base_dir, progress)
-    own = repository.checkpoint_dir(card.id)
-    entry = checkpoint_entry(
-        card, weights_sha256(base_dir, own), sorted(file.stem for file in own.glob("*.safetensors"))
-    )
-    told = {"checkpoint": entry.model_dump(), "latent": latent_of(family.configs).model_dump()}
+    stems = sorted(file.stem for file in checkpoint_dir.glob("*.safetensors"))
+    entry = checkpoint_entry(card, weights_sha256(base_dir, checkpoint_dir), stems)
+    for note in settings.scheduler.notes:
+        logger.warning("%s: %s", card.base or card.id, note)
+    told = {"checkpoint": entry.model_dump(), "latent": latent_of(settings.configs).model_dump()}
     parts = {
         "weights": entry.sha256,
-        "settings": settings_sha256(base_dir, told),
+        "settings": settings.sha256(told),
         "spec": spec_file.content_sha256(),
         "exporter": EXPORTER_VERSION,
         "family": family.key,
@@ -102,7 +106,7 @@ def export_checkpoint(
         reused = is_intact(folder)
         if not reused:
             with atomic_directory(folder, replace=True) as temporary:
-                job = Job(entry, base_dir, weights, family, spec_file, parts, key, temporary, progress)
+                job = Job(entry, settings, weights, family, spec_file, parts, key, temporary, progress)
                 write_bundle(job)
                 if reference.is_file():
                     shutil.copyfile(reference, temporary / "golden.safetensors")
@@ -122,7 +126,7 @@ class Job:
     """Everything one export needs; `drafts` collects manifest fields as the parts are written."""
 
     checkpoint: CheckpointEntry
-    base_dir: Path
+    settings: Settings
     weights: CheckpointWeights
     family: Family
     spec_file: SpecFile
@@ -188,7 +192,7 @@ def write_parts(job: Job, lowered: Lowered) -> None:
         tensors = store_floats(model, set(), storage)
         report = part(job, name.replace("_", " "), 0.8, 0.95)
         write_graph(model, tensors, source.read, job.folder / f"{name}.onnx", f"{name}.data", report)
-    text = write_tokenizers(job.base_dir, job.weights, job.folder)
+    text = write_tokenizers(job.settings, job.weights, job.folder)
     job.spec_file.write(job.folder / SPEC)
     (job.folder / MANIFEST).write_bytes(manifest_bytes(manifest_of(job, lowered, text)))
 
@@ -220,9 +224,10 @@ def manifest_of(job: Job, lowered: Lowered, text: Text) -> Manifest:
             is_open=True,
         ),
         text=text,
-        latent=latent_of(job.family.configs),
-        scheduler=json.loads((job.base_dir / "scheduler" / "scheduler_config.json").read_text()),
-        **sampling_defaults(job.base_dir),
+        latent=latent_of(job.settings.configs),
+        scheduler=job.settings.scheduler.settings,
+        sources=dict(job.settings.sources),
+        **job.settings.sampling(),
         sizes=unet_sizes(job, lowered),
         census=lowered.census,
         unquantised=lowered.unquantised,

@@ -1,6 +1,6 @@
-"""Writing a graph and its weights: every tensor is made from the checkpoint's on its own and put at its place in one file.
+"""Write a graph and its weights: each tensor is converted from the checkpoint's separately and written at its offset in one file.
 
-Several are made at once, one a core; each holds a few pieces of memory, whatever the checkpoint's size.
+Several are converted at once, one per core; each needs only a few chunks of memory, whatever the checkpoint's size.
 """
 
 import os
@@ -18,7 +18,7 @@ import onnx_ir as ir
 from personalq.numerics import pack_int4
 
 ALIGNMENT = 64  # bytes; ONNX Runtime maps the file and reads tensors in place
-PIECE = 1 << 18  # values converted at a time: temporaries stay in the cache, and small beside the tensor
+PIECE = 1 << 18  # values converted at a time: temporaries fit the cache, and are small compared with the tensor
 Array = npt.NDArray[Any]
 Report = Callable[[str, float], None]
 
@@ -36,7 +36,7 @@ def unchanged(rows: Array, _: int) -> Array:
 class StoredTensor:
     """One tensor of the data file: made from the checkpoint tensor `source` by `convert`, piece by piece of its rows.
 
-    convert: (checkpoint's rows [start, stop), start) -> those rows as they are stored (is_transposed: then turned).
+    convert: (checkpoint's rows [start, stop), start) -> those rows as stored (is_transposed: the result is transposed).
     given: the whole tensor, when it does not come from the checkpoint.
     """
 
@@ -83,7 +83,7 @@ def write_graph(
     """Write `path` (graph) and `data_name` beside it.
 
     read: checkpoint tensor name -> array, from any thread. Graph initializers named like a stored tensor become
-    references into the file. Where a tensor lies depends on the order of `tensors` alone, so the bytes do too.
+    references into the file. Offsets depend only on the order of `tensors`, so the bytes do too.
     """
     places, size = [], 0
     for tensor in tensors:
@@ -101,7 +101,7 @@ def write_graph(
 def _write_all(
     jobs: Sequence[tuple[StoredTensor, int]], read: Callable[[str], Array], file: int, report: Report
 ) -> None:
-    """Make and write every tensor; numpy leaves the interpreter's lock for the work that takes time."""
+    """Convert and write every tensor; numpy releases the GIL during the expensive work."""
 
     def run(job: tuple[StoredTensor, int]) -> int:
         tensor, place = job

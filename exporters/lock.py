@@ -1,4 +1,4 @@
-"""One process at a time for one piece of work: a second one waits, then finds the work done."""
+"""A lock per piece of work: a second process waits, then finds the work done."""
 
 import os
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ except ModuleNotFoundError:  # Windows: no lock, so work may be done twice; publ
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Hold the lock of the work that ends in `folder`: a file beside it, let go by the system when its holder dies."""
+    """Hold the lock for the work that produces `folder`: a file beside it, released by the system if its holder dies."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = folder.parent / f".lock-{folder.name}"
     handle = _locked(file)
     try:
         yield
     finally:
-        with suppress(OSError):  # while it is held: whoever waits on it sees that it is gone and takes a new one
+        with suppress(OSError):  # while it is held: a waiter sees that the file is gone and creates a new one
             file.unlink()
         os.close(handle)
 

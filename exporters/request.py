@@ -1,4 +1,4 @@
-"""What a person asks for when they export: which spec is meant, and which targets this version can make."""
+"""Interpret an export request: which spec is meant, and which targets this version can build."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .targets.tensorrt import GRAPH, MODULES, build_plan, require
 logger = logging.getLogger("personalq.exporters")
 
 MADE = ("onnxruntime", *MODULES)
-TIMING = "engines"  # in the repository: what builders measured, one file per version and GPU
+TIMING = "engines"  # in the repository: TensorRT timing caches, one file per version and GPU
 
 
 def export_request(

@@ -12,10 +12,10 @@ from .external_data import Array, StoredTensor, forget_shapes
 def write_sharing_graph(
     model: ir.Model, tensors: list[StoredTensor], read: Callable[[str], Array], path: Path, first: ir.Model
 ) -> None:
-    """Write `path`; tensors that `first` (already written, in the same folder) stores are references to where they lie.
+    """Write `path`; tensors that `first` (already written, in the same folder) stores become references to its offsets.
 
     Same name, type and shape means the same bytes within one export. The others, vectors in another float type and less
-    than a thousandth of a real UNet, lie in the graph file itself: a builder can refit them by name like the rest.
+    than a thousandth of a real UNet, are stored in the graph file itself: a builder can refit them by name like the rest.
     """
     for tensor in tensors:
         value = model.graph.initializers[tensor.name]

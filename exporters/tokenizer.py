@@ -6,26 +6,26 @@ from typing import Any
 
 from personalq.bundle import Text
 from personalq.errors import RepositoryError
+from personalq.repository.settings import Settings
 from personalq.weights.checkpoint import CheckpointWeights
+from personalq.weights.one_file.clip_tokenizer import tokenizer_json
 
 
-def write_tokenizers(base_dir: Path, weights: CheckpointWeights, folder: Path) -> Text:
+def write_tokenizers(settings: Settings, weights: CheckpointWeights, folder: Path) -> Text:
     """Write tokenizer.json, and tokenizer_2.json for SDXL; return special ids and multi-vector expansions.
 
     Raises RepositoryError for a tokenizer that cannot be read, or a second one that is not the first with another pad.
     """
-    ids = _write(base_dir, "tokenizer", weights, folder / "tokenizer.json")
+    ids = _write(settings.tokenizers["tokenizer"], weights, folder / "tokenizer.json")
     second_pad_id, is_empty_zero = None, False
-    if (base_dir / "tokenizer_2").is_dir():
-        second = _write(base_dir, "tokenizer_2", weights, folder / "tokenizer_2.json")
+    if second_dir := settings.tokenizers.get("tokenizer_2"):
+        second = _write(second_dir, weights, folder / "tokenizer_2.json")
         if (second["bos"], second["eos"]) != (ids["bos"], ids["eos"]):
             raise RepositoryError(
-                f"{base_dir.name}/tokenizer_2: begin and end must be {ids['bos']} and {ids['eos']} as in tokenizer, "
+                f"{second_dir}: begin and end must be {ids['bos']} and {ids['eos']} as in tokenizer, "
                 f"got {second['bos']} and {second['eos']}; this base is not supported"
             )
-        index = base_dir / "model_index.json"
-        settings = json.loads(index.read_text()) if index.is_file() else {}
-        second_pad_id, is_empty_zero = second["pad"], bool(settings.get("force_zeros_for_empty_prompt", True))
+        second_pad_id, is_empty_zero = second["pad"], bool(settings.index.get("force_zeros_for_empty_prompt", True))
     return Text(
         bos_id=ids["bos"],
         eos_id=ids["eos"],
@@ -36,34 +36,33 @@ def write_tokenizers(base_dir: Path, weights: CheckpointWeights, folder: Path) -
     )
 
 
-def write_tokenizer_folders(base_dir: Path, weights: CheckpointWeights, folder: Path) -> list[str]:
-    """Write every tokenizer of the base as transformers reads it, learned tokens in it; return the folders' names.
+def write_tokenizer_folders(settings: Settings, weights: CheckpointWeights, folder: Path) -> list[str]:
+    """Write every tokenizer as transformers reads it, learned tokens in it; return the folders' names.
 
     vocab.json and merges.txt are what transformers 4's CLIPTokenizer wants; transformers 5 writes tokenizer.json alone.
     """
-    names = [name for name in ("tokenizer", "tokenizer_2") if (base_dir / name).is_dir()]
-    for name in names:
+    for name, source in settings.tokenizers.items():
         place = folder / name
         place.mkdir()
-        _write(base_dir, name, weights, place / "tokenizer.json")
+        _write(source, weights, place / "tokenizer.json")
         whole = json.loads((place / "tokenizer.json").read_text())
         model, tokens = whole["model"], {str(token.pop("id")): token for token in whole["added_tokens"]}
         merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
         (place / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
         (place / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-        file = base_dir / name / "tokenizer_config.json"
+        file = source / "tokenizer_config.json"
         config = json.loads(file.read_text()) if file.is_file() else {}
         config |= {"tokenizer_class": "CLIPTokenizer", "added_tokens_decoder": tokens}
-        config |= {f"{kind}_token": token for kind, token in _special_tokens(base_dir / name).items()}
+        config |= {f"{kind}_token": token for kind, token in _special_tokens(source).items()}
         (place / "tokenizer_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    return names
+    return [*settings.tokenizers]
 
 
-def _write(base_dir: Path, name: str, weights: CheckpointWeights, path: Path) -> dict[str, int]:
+def _write(source: Path, weights: CheckpointWeights, path: Path) -> dict[str, int]:
     """One tokenizer with the checkpoint's learned tokens -> its begin, end and pad ids."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(_tokenizer_json(base_dir / name))
+    tokenizer = Tokenizer.from_str(_tokenizer_json(source))
     pieces = [piece for _, group in weights.added_tokens for piece in group]
     if pieces:
         tokenizer.add_tokens(pieces)
@@ -71,11 +70,11 @@ def _write(base_dir: Path, name: str, weights: CheckpointWeights, path: Path) ->
         found = tokenizer.token_to_id(piece)
         if found != weights.first_added_id + offset:
             raise RepositoryError(
-                f"{base_dir.name}/{name}: token {piece} must get id {weights.first_added_id + offset}, got {found}; "
+                f"{source.parent.name}/{source.name}: token {piece} must get id {weights.first_added_id + offset}, got {found}; "
                 "the base already knows this token: rename it in the checkpoint"
             )
     tokenizer.save(str(path))
-    return {kind: tokenizer.token_to_id(token) for kind, token in _special_tokens(base_dir / name).items()}
+    return {kind: tokenizer.token_to_id(token) for kind, token in _special_tokens(source).items()}
 
 
 def _tokenizer_json(folder: Path) -> str:
@@ -86,9 +85,10 @@ def _tokenizer_json(folder: Path) -> str:
         raise RepositoryError(
             f"{folder}: must hold tokenizer.json or vocab.json and merges.txt, got neither; add the whole base folder"
         )
-    from transformers import CLIPTokenizer
-
-    return str(CLIPTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [(first, second) for first, second in (line.split() for line in lines if line and line[0:2] != "#v")]
+    return json.dumps(tokenizer_json(vocab, merges))
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:

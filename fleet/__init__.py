@@ -1,1 +1,1 @@
-"""Many checkpoints, many processes or machines: calibrate, export and verify all of them, as steps that can be run again."""
+"""Many checkpoints over many processes or machines: calibrate, export, verify and serve them, in steps that can be rerun."""

@@ -21,7 +21,7 @@ logger = logging.getLogger("personalq.fleet")
 
 @dataclass(frozen=True)
 class Needs:
-    """What one export, or one replica that draws, takes of a machine. cpus: cores; gpus may be a fraction; memory in bytes."""
+    """What one export, or one drawing replica, needs of a machine. cpus: cores; gpus may be a fraction; memory in bytes."""
 
     cpus: int
     gpus: float
@@ -30,7 +30,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Replicas:
-    """How many draw: `least` to `most`, as requests come. threads: cores of each; gpus may be a fraction."""
+    """How many replicas draw: `least` to `most`, by demand. threads: cores of each; gpus may be a fraction."""
 
     least: int
     most: int
@@ -48,7 +48,7 @@ class Cluster:
         self._ray, self._work, self._open = ray_module(), work, set[Any]()
         self._is_ours = connect(self._ray, address)
         warn_misfit(self._ray, needs)
-        # Lost tasks are given out again by the run, which counts them. Threads must be known before numpy is imported.
+        # The run itself retries lost tasks, and counts them. The thread count must be set before numpy is imported.
         self._task = self._ray.remote(_do).options(
             num_cpus=needs.cpus,
             num_gpus=needs.gpus,
@@ -97,7 +97,7 @@ def connect(ray: Any, address: str) -> bool:
     """Connect to a cluster, or start one; False when this process was connected already. Raises FleetError."""
     if ray.is_initialized():
         return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we start tells nobody about it
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage reports from a cluster that we start
     try:
         ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -110,7 +110,7 @@ def connect(ray: Any, address: str) -> bool:
 
 
 def warn_misfit(ray: Any, needs: Needs, what: str = "export", memory_option: str = "--memory-mb") -> None:
-    """Say that no machine has what one export (or replica) takes: Ray would wait for one, in silence."""
+    """Warn when no machine has what one export (or replica) needs: Ray would silently wait for one."""
     wanted = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": needs.memory_bytes}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(all(node.get(name, 0) >= value for name, value in wanted.items()) for node in nodes):

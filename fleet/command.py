@@ -120,7 +120,7 @@ def _one(repository: "Repository", id_: str, **options: Any) -> Result:
 
 
 def _layout(repository: "Repository", id_: str, spec: Path | None, layout: str | None, out: Path | None) -> Result:
-    """A folder for somebody else's pipeline, in place of a bundle."""
+    """A folder for another pipeline, instead of a bundle."""
     if layout is None or out is None:
         raise click.UsageError("--layout and --out go together")
     _refuse_given(BUNDLE_ONLY, "a bundle, which --layout does not write")

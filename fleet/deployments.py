@@ -13,10 +13,10 @@ from ray.serve.handle import DeploymentHandle
 from personalq.checkin import Decision
 from personalq.repository import Repository
 from runtime.serving.app import create_app
+from runtime.serving.drawing_process.messages import Message
+from runtime.serving.drawing_process.process import DrawProcess
 from runtime.serving.images import Checkin, Service
-from runtime.serving.messages import Message
 from runtime.serving.options import MEGABYTE, DrawOptions, ServeOptions
-from runtime.serving.process import DrawProcess
 from runtime.serving.serve import start_access_log
 
 from .cluster import Replicas
@@ -24,7 +24,7 @@ from .drawing import REPORTS, ClusterDrawing
 from .routing import HolderRouter
 
 _STATS_SECONDS = 1.0
-_ROUNDED_BYTES = -8  # decimal digits: what changes all the time would be sent to every router all the time
+_ROUNDED_BYTES = -8  # decimal digits: a value that changes constantly would be sent to every router constantly
 
 
 class Draw:
@@ -73,7 +73,7 @@ class CheckinReplica:
 
 
 class Ingress:
-    """The HTTP interface and the page of `personalq serve`; others draw and decide."""
+    """The HTTP interface and the page of `personalq serve`; other deployments draw and run Check-in."""
 
     def __init__(self, options: ServeOptions, draw: DeploymentHandle, checkin: DeploymentHandle) -> None:
         start_access_log()
@@ -97,7 +97,7 @@ def application(options: ServeOptions, replicas: Replicas, router: type = Holder
     quiet = {"enable_access_log": False}  # the ingress writes its own
     draw = serve.deployment(Draw, name="draw").options(
         **scaling(replicas, options.draw.max_batch),
-        max_ongoing_requests=2 * options.draw.max_batch,  # a batch that is drawn, and the next one
+        max_ongoing_requests=2 * options.draw.max_batch,  # one batch being drawn, and the next one
         request_router_config=RequestRouterConfig(
             request_router_class=router, request_routing_stats_period_s=_STATS_SECONDS
         ),
@@ -119,7 +119,7 @@ def application(options: ServeOptions, replicas: Replicas, router: type = Holder
 
 
 def scaling(replicas: Replicas, max_batch: int) -> dict[str, Any]:
-    """A fixed number of replicas, or Ray Serve's autoscaling between two: so many that each has about one batch."""
+    """A fixed number of replicas, or Ray Serve's autoscaling between two limits, aiming at about one batch per replica."""
     if replicas.most <= replicas.least:
         return {"num_replicas": replicas.least}
     return {

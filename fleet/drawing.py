@@ -1,4 +1,4 @@
-"""A server's pictures drawn by the replicas of a cluster: what DrawProcess is on one machine, behind a handle of Ray Serve."""
+"""A server's pictures drawn by the replicas of a cluster: the counterpart of DrawProcess, behind a Ray Serve handle."""
 
 import asyncio
 import contextlib
@@ -9,11 +9,11 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from runtime.serving.messages import Message
+from runtime.serving.drawing_process.messages import Message
+from runtime.serving.drawing_process.process import Drawing
 from runtime.serving.options import DrawOptions
-from runtime.serving.process import Drawing
 
-_MOST_DEATHS = 3  # a waiting picture whose engine kills every replica must not be given to all of them
+_MOST_DEATHS = 3  # a waiting picture whose engine crashes every replica must not reach all of them
 _REPORT_SECONDS = 1.0
 REPORTS: dict[str, Message] = {}
 """Replica -> its last report of engines in memory, as the router of this process heard it."""
@@ -48,7 +48,7 @@ class ClusterDrawing:
         return len(self._open)
 
     async def start(self) -> None:
-        """Begin to listen to reports; Ray starts the replicas, and requests wait for them."""
+        """Start listening to reports; Ray starts the replicas, and requests wait for them."""
         self._keep(asyncio.ensure_future(self._listen()))
         self.is_ready.set()
 
@@ -84,7 +84,7 @@ class ClusterDrawing:
             await self._handle.options(multiplexed_model_id=checkpoint).prefetch.remote([checkpoint])
 
     async def _follow(self, drawings: list[Drawing]) -> None:
-        """Hand on what the replica says until every picture is answered; what a lost replica had not begun goes to another."""
+        """Forward the replica's events until every picture is answered; what a lost replica had not begun goes to another."""
         waiting = drawings
         while waiting := [one for one in waiting if one.id in self._open]:
             try:

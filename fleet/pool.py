@@ -1,4 +1,4 @@
-"""Workers on this machine: processes of their own, fed one task at a time. A process that dies loses its own task only."""
+"""Workers on this machine: separate processes, given one task at a time. A process that dies loses only its own task."""
 
 import json
 import os
@@ -17,13 +17,13 @@ class WorkerLost(Exception):
 
 
 def fitting_workers(threads: int, memory_bytes: int) -> int:
-    """How many workers this machine takes: its cores over theirs, its free memory over theirs, at least one."""
+    """How many workers fit this machine: its cores and free memory divided by what one needs, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores // threads, free_memory() // memory_bytes))
 
 
 def free_memory() -> int:
-    """Bytes that can be used without swapping; without /proc nobody knows, and cores alone decide."""
+    """Bytes available without swapping; without /proc this is unknown, and cores alone decide."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -71,7 +71,7 @@ class _Process:
     """One worker process."""
 
     def __init__(self, work: Work) -> None:
-        # The number of threads must be known before numpy and torch are imported; ours may be imported from anywhere.
+        # Threads must be set before numpy and torch are imported; our packages may be importable from anywhere.
         paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         environment = {**os.environ, "OMP_NUM_THREADS": str(work.threads), "PYTHONPATH": paths}
         self._process = subprocess.Popen(

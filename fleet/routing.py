@@ -1,8 +1,8 @@
 """Which replica draws a picture: one that holds the checkpoint's engine, unless others have much less to do.
 
 A request names its checkpoint as Ray Serve's multiplexed model id. What replicas hold comes with their routing stats,
-about a second old; what was sent where since then is remembered here. Ray Serve copies this module into the process
-that routes, so that what others read there is a module of its own (drawing.REPORTS).
+about a second old; what was sent since then is remembered here. Ray Serve copies this module into the routing
+process, so whatever other code reads there must be in another module (drawing.REPORTS).
 """
 
 import time
@@ -21,8 +21,8 @@ from ray.serve.request_router import (
 
 from . import drawing
 
-SLACK = 2  # requests: a holder is waited for while its queue is at most so much longer than the shortest
-_REMEMBERED_S = 30.0  # an engine that was asked for may load for so long before the replica reports it
+SLACK = 2  # requests: a holder is preferred while its queue is at most this much longer than the shortest
+_REMEMBERED_S = 30.0  # how long a requested engine may load before its replica must have reported it
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class HolderRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         seen = [self._seen(one) for one in candidate_replicas]
         first, others = ranked(checkpoint, seen)
         if not any(checkpoint in one.held for one in seen):
-            self._note(checkpoint, first[0])  # now: a second request may come before the first one has arrived there
+            self._note(checkpoint, first[0])  # at once: a second request may come before this one arrives there
         return [[by_id[one] for one in ids] for ids in (first, others)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:

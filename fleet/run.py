@@ -23,7 +23,7 @@ class Workers(Protocol):
     """Where tasks run."""
 
     def submit(self, task: Task) -> "Future[Outcome]":
-        """The outcome in the future; any exception of it means that the worker was lost."""
+        """A future of the outcome; any exception from it means that the worker was lost."""
 
     def close(self) -> None:
         """End all of them."""
@@ -76,7 +76,7 @@ def run_fleet(work: Work, ids: Sequence[str], workers: Workers, retries: int, re
 
 
 def untraced(repository: Repository, ids: Sequence[str]) -> dict[str, str]:
-    """Folder name of every family that is not there yet -> one checkpoint of it. What cannot be read fails in its turn."""
+    """Folder name of every missing family -> one checkpoint of it. An unreadable checkpoint fails later, in its own task."""
     found: dict[str, str] = {}
     bases: set[Path] = set()
     for one in ids:
@@ -94,7 +94,7 @@ def untraced(repository: Repository, ids: Sequence[str]) -> dict[str, str]:
 
 
 def run_all(tasks: Sequence[Task], workers: Workers, retries: int) -> Iterator[Outcome]:
-    """Yield each task's outcome as it ends; what may go better the next time is given out again, after all others."""
+    """Yield each task's outcome as it ends; failures that may be temporary are retried after all others."""
     ended: queue.SimpleQueue[Future[Outcome]] = queue.SimpleQueue()
     open_: dict[Future[Outcome], tuple[Task, int]] = {}
 

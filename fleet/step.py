@@ -1,6 +1,6 @@
-"""One checkpoint, wherever it runs: calibrate when there is no spec for it as it is now, export, build, verify.
+"""One checkpoint, wherever it runs: calibrate unless it has a current spec, export, build, verify.
 
-Every step is content-addressed or checks what is there first, so a task may be run twice, or after it was killed.
+Every step is content-addressed or checks for existing results first, so a task may be repeated, also after a kill.
 """
 
 import logging
@@ -111,7 +111,7 @@ def known_spec(repository: Repository, checkpoint_id: str, name: str) -> Path | 
 
 
 def calibrated(repository: Repository, checkpoint_id: str, name: str) -> Path:
-    """Calibrate under the policy and bits that a spec's name says, 'taq-w8a8', and return the spec's path."""
+    """Calibrate with the policy and bits in a spec's name, 'taq-w8a8', and return the spec's path."""
     from calibration.calibrate import CalibrateOptions, calibrate
 
     policy, _, bits = name.rpartition("-")

@@ -1,4 +1,4 @@
-"""Which bundles passed the gate, and how far: a note beside the manifest, so that a second run need not draw again."""
+"""Which bundles passed the gate, and up to which level: a note beside the manifest, so that a second run need not draw."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ NOTE = "verified.json"
 
 
 def verified_level(bundle: Path) -> str:
-    """The last level that this very bundle passed; '' when nobody looked or the note is of other bytes."""
+    """The last level that exactly these bytes passed; '' when they were never verified."""
     note = _read(bundle / NOTE)
     level = note.get("level")
     is_this = note.get("manifest_sha256") == file_sha256(bundle / MANIFEST)
@@ -25,7 +25,7 @@ def verified_level(bundle: Path) -> str:
 
 
 def is_verified(bundle: Path, level: str) -> bool:
-    """Whether the bundle passed `level`, or as far as can be asked of it."""
+    """Whether the bundle passed `level`, or the highest level that it can be held to."""
     reached = verified_level(bundle)
     return bool(reached) and LEVELS.index(reached) >= LEVELS.index(reachable(bundle, level))
 

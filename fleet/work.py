@@ -1,4 +1,4 @@
-"""What a run asks of its workers and what they answer: plain values, JSON on the way. It knows no torch, pipe or cluster."""
+"""What a run sends to its workers and what they return: plain values, serialised as JSON. It knows no torch, pipe or cluster."""
 
 import json
 import re
@@ -50,7 +50,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task. failed: step says where; is_final: trying again would give the same.
+    """The outcome of a task. failed: step says where; is_final: trying again would give the same.
 
     seconds: by step. bytes: of all files of the bundle. peak_rss_bytes: of the worker so far, not of this task alone.
     """

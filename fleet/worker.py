@@ -17,10 +17,10 @@ from .work import Task, Work
 
 def main() -> None:
     """Answer tasks until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the run, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal goes to the run, which ends its workers
     start_logging()
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints goes to stderr, never between answers
+    os.dup2(2, 1)  # anything a library prints goes to stderr, never between outcomes
     work = Work.from_json(sys.argv[1])
     for line in sys.stdin:
         out.write(json.dumps(asdict(run_task(work, Task(**json.loads(line))))) + "\n")

@@ -117,11 +117,11 @@ def read_configs(base_dir: Path) -> dict[str, dict[str, Any]]:
 
     Raises RepositoryError for a base that PersonalQ would get silently wrong.
     """
-    configs = {"unet": _read_config(base_dir, "unet")}
+    configs = {"unet": read_config(base_dir, "unet")}
     _check_known(base_dir, configs["unet"])
     is_sdxl = configs["unet"].get("addition_embed_type") == "text_time"
     for component in (*COMPONENTS[1:], *((SECOND_ENCODER,) if is_sdxl else ())):
-        configs[component] = _read_config(base_dir, component)
+        configs[component] = read_config(base_dir, component)
     if is_sdxl:
         _check_sdxl(base_dir, configs)
     for field in ("latents_mean", "latents_std"):
@@ -130,7 +130,8 @@ def read_configs(base_dir: Path) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def _read_config(base_dir: Path, component: str) -> dict[str, Any]:
+def read_config(base_dir: Path, component: str) -> dict[str, Any]:
+    """One component's config.json. Raises RepositoryError."""
     file = base_dir / component / "config.json"
     if not file.is_file():
         raise RepositoryError(
@@ -173,11 +174,11 @@ def _check_sdxl(base_dir: Path, configs: dict[str, dict[str, Any]]) -> None:
 
 def family_key(configs: dict[str, dict[str, Any]]) -> str:
     """32 hex digits over what fixes the graphs: equal for every checkpoint that shares them, whoever wrote its configs."""
-    kept = {part: _architecture(part, config) for part, config in configs.items()}
+    kept = {part: architecture(part, config) for part, config in configs.items()}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _architecture(part: str, config: dict[str, Any]) -> dict[str, Any]:
+def architecture(part: str, config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config that its graph depends on, said or not. Of a CLIP text model those are known; a UNet's or VAE's
     field that is not known here is taken for one of them."""
     defaults = DEFAULTS[part]

@@ -120,7 +120,8 @@ class Manifest(Frozen):
     rows: Rows
     text: Text
     latent: Latent
-    scheduler: dict[str, Any] = Field(description="the base's scheduler_config.json, in clear")
+    scheduler: dict[str, Any] = Field(description="scheduler_config.json, in clear: the checkpoint's own or the base's")
+    sources: dict[str, str] = Field({}, description="where scheduler, tokenizers and configs come from")
     steps: int = 25
     guidance: float = 7.5
     sizes: Sizes

@@ -29,7 +29,7 @@ class Chunks:
     """A prompt as the text encoder reads it, chunk by chunk.
 
     ids: (n,77) int64, each row BOS, words, EOS, padding. weights: (n,77) float32, 1 but for words. tokens: all of the
-    prompt's. cut: the text that had no room; n_cut: its words.
+    prompt's. cut: the text that had no room; n_cut: its words; lost: the first of them, whole.
     """
 
     ids: Ids
@@ -37,6 +37,7 @@ class Chunks:
     tokens: tuple[int, ...]
     cut: str = ""
     n_cut: int = 0
+    lost: str = ""
 
     def lengthened(self, blank: Ids, n: int) -> "Chunks":
         """The same with chunks of an empty prompt, (77,), behind them: n in all."""

@@ -15,6 +15,7 @@ VERSION = "2"  # metadata 'version': 1 had no samples of layers and blocks, no a
 TENSORS = (
     *("ids", "text_embeds", "rows", "sample", "timestep", "prompt", "noise_pred"),
     *("latent", "decoded", "image_prompt", "start_noise", "images"),
+    # images: drawn by the metadata's 'sampler'.
     # next_sample (N,4,h,w): where DDIM's step number next_step (N,) leads from each sample with its noise_pred.
     # attention (N,L,77): mean over heads and pixels of each cross-attention layer. layers (N,n,32), blocks (N,m,256):
     # sampled outputs; the metadata has {name: values in the whole output} of both, in the same order.

@@ -129,7 +129,10 @@ class SpecFile:
         """Write `path` (.json) and its .safetensors beside it, each atomically, tensors first."""
         if self._blob:
             write_atomic(path.with_suffix(".safetensors"), self._blob)
-        text = json.dumps(self.spec.model_dump(mode="json"), indent=1, sort_keys=True)
+        content = self.spec.model_dump(mode="json")
+        if not self.spec.provenance.reference:  # as versions wrote it that did not know the field: the same bytes
+            del content["provenance"]["reference"]
+        text = json.dumps(content, indent=1, sort_keys=True)
         write_atomic(path, (text + "\n").encode())
         return path
 

@@ -20,6 +20,8 @@ from .rows import Ids
 if TYPE_CHECKING:
     import tokenizers
 
+LONGEST_WORD = 40  # characters, in a warning
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -83,7 +85,7 @@ class Tokenizer:
         tokens = tuple(token.id for section in sections for token in section)
         cut = written[left[0].place :].strip() if left else ""
         n_cut = sum(token.begins for token in left[1:]) + 1 if left else 0
-        return Chunks(ids, weights, tokens, cut, n_cut)
+        return Chunks(ids, weights, tokens, cut, n_cut, _word_at(written, left[0].place) if left else "")
 
     def blank(self) -> Ids:
         """(77,) int64: BOS, EOS, padding; the chunk that makes a shorter prompt as long as its partner."""
@@ -135,6 +137,14 @@ def _expansion_patterns(expansions: Mapping[str, str]) -> list[tuple[re.Pattern[
         alone = re.escape(token) + r"(?!_\d)"
         patterns.append((re.compile(f"{re.escape(replacement)}|{alone}", re.IGNORECASE), replacement))
     return patterns
+
+
+def _word_at(text: str, place: int) -> str:
+    """The word around a character, 40 characters of it at most: some languages put no spaces."""
+    place += len(text[place:]) - len(text[place:].lstrip())
+    begun = re.split(r"\s", text[:place])[-1]
+    rest = text[place:].split(maxsplit=1)[0]
+    return (begun + rest if len(begun) <= LONGEST_WORD else rest)[:LONGEST_WORD]
 
 
 def _checked(prompt: str) -> str:

@@ -1,4 +1,4 @@
-"""Bundles of a remote store in a local folder: fetched when an engine is loaded, the longest unused ones removed again.
+"""Bundles of a remote store in a local folder: fetched when an engine is loaded, evicted when least recently used.
 
 `<repository>/cache/` looks like a repository (bundles/, shared/). One process at a time removes from it.
 """
@@ -21,7 +21,7 @@ from personalq.repository.sharing import forget_dangling, note_shared, shared_fi
 
 logger = logging.getLogger("personalq.runtime")
 CACHE, USED = "cache", "used"
-_REMEMBERED_S = 30.0  # how long an answer of the store about what is newest holds
+_REMEMBERED_S = 30.0  # how long the store's answer about the newest bundle is cached
 
 
 class BundleCache:
@@ -127,7 +127,7 @@ class BundleCache:
 
 
 def take_cards(repository: Repository, remote: Remote) -> int:
-    """Take in the cards of a store that the repository has not, so that Check-in knows them; returns how many came."""
+    """Import the store's cards that the repository does not have, so that Check-in knows them; return how many."""
     known = {card.id for card in repository.cards()}
 
     def read(checkpoint_id: str) -> dict[str, Any] | None:

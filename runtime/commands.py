@@ -18,9 +18,7 @@ _DRAWING = (
     click.option("--steps", type=click.IntRange(min=1), help="Denoising steps. Default: what the base recommends."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     _TARGET,
-    click.option(
-        "--sampler", default="ddim", show_default=True, help="ddim, euler, euler_a, dpmpp_2m[_karras] or lcm."
-    ),
+    click.option("--sampler", help="ddim, euler, euler_a, dpmpp_2m[_karras], pndm or lcm. Default: the base's own."),
 )
 _EXPORTING = (
     click.option("--spec", type=_FILE, help="A file, or 'fp16' (nothing quantised). Default: the last one calibrated."),
@@ -61,6 +59,9 @@ _SERVING = (
         "--max-batch", type=click.IntRange(min=1), default=4, show_default=True, help="Pictures drawn together."
     ),
     click.option("--api-keys", type=_FILE, help="File of keys, one a line. Without it everybody may ask."),
+    click.option(
+        "--allow-origin", "origins", multiple=True, metavar="URL", help="Whose pages may ask from a browser; '*': all."
+    ),
     click.option("--store", default="", metavar="URL", help="Also serve the bundles of a store: docs/export.md."),
     click.option(
         "--cache-mb", type=click.FloatRange(min=1), default=20000.0, show_default=True, help="Of its bundles."

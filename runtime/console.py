@@ -1,4 +1,4 @@
-"""How commands speak: one Result in, text or exactly one JSON object on stdout out; progress and failures on stderr.
+"""How commands print: a Result becomes text or exactly one JSON object on stdout; progress and failures go to stderr.
 
 Exit 0: done, 1: a named failure in one line, 2: usage, 130: interrupted. It knows click and rich, not checkpoints.
 """
@@ -60,7 +60,7 @@ class Result:
 
 
 class Report(Protocol):
-    """Progress: what is being done, and how much of it (0 to 1; None: nobody knows)."""
+    """Progress: what is being done, and the fraction done (0 to 1; None: unknown)."""
 
     def __call__(self, text: str, fraction: float | None = None) -> None: ...
 
@@ -93,7 +93,7 @@ class Commands(click.Group):
                 raise
             raise OneLine(str(MissingExtraError(package, EXTRAS[package]))) from error
         except BrokenPipeError:
-            raise  # the reader left; click ends quietly
+            raise  # the reader closed the pipe; click ends quietly
         except FileNotFoundError as error:
             raise OneLine(f"{error.filename or 'file'}: must exist, got nothing there; check the path") from error
         except OSError as error:

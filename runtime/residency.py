@@ -19,17 +19,17 @@ V = TypeVar("V")
 
 
 class Ranking(Protocol):
-    """Decides who leaves."""
+    """Decides which value to evict."""
 
     def touch(self, key: str, size: float, cost: float) -> None:
         """`key` (size in bytes, cost of loading it again in seconds) was used."""
 
     def victim(self, keys: Collection[str]) -> str:
-        """Which of `keys` leaves, and forget it."""
+        """Choose which of `keys` to evict, and forget it."""
 
 
 class GreedyDual:
-    """GreedyDual-Size with frequency: value = floor + uses * cost / size; the least valued leaves and lifts the floor.
+    """GreedyDual-Size with frequency: value = floor + uses * cost / size; the lowest is evicted and raises the floor.
 
     Cao and Irani, Cost-Aware WWW Proxy Caching Algorithms (USITS'97); frequency after Cherkasova (HPL-98-69R1). The
     floor ages what was popular once: whatever is used later starts above it.
@@ -184,7 +184,7 @@ class Residency(Generic[V]):
         return self._loading[key]
 
     def _bring(self, key: str) -> V:
-        """On the loader's thread: make room, load, take in."""
+        """On the loader's thread: make room, load, register."""
         try:
             self._make_room(key, self._estimate(key))
             started = time.perf_counter()
@@ -205,7 +205,7 @@ class Residency(Generic[V]):
                 self._changed.notify_all()
 
     def _make_room(self, key: str, size: int, *, is_loaded: bool = False) -> None:
-        """Evict what is idle until `size` fits. What is loaded already is taken in, even when nothing else can leave.
+        """Evict idle values until `size` fits. A value that is already loaded is accepted even when nothing can be evicted.
 
         Waits while everything is in use and `key` is wanted. Raises EngineError when it never fits, or is only a hint.
         """

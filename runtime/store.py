@@ -18,7 +18,7 @@ from .targets import FALLBACK, TARGETS, TITLES, misfit, missing
 BUNDLES = "bundles"
 REFERENCE_POLICIES = ("fp32", "fp16")  # unquantised bundles: served only when nothing smaller exists
 
-# Two changes of a folder within one tick of the file system's clock look like one: a younger table is not kept.
+# Two changes of a folder within one tick of the file system's clock look like one, so a table that recent is not kept.
 _CLOCK_TICK_S = 0.05
 
 
@@ -102,7 +102,7 @@ class Store:
         return [] if found is None else [found]
 
     def _current(self) -> _Table:
-        """A bundle is renamed into the folder whole, so the folder's own time says whether the table still holds."""
+        """A bundle is renamed into the folder whole, so the folder's modification time says whether the table is current."""
         mtime_ns = self.folder.stat().st_mtime_ns if self.folder.is_dir() else 0
         table = self._table
         if table is None or table.mtime_ns != mtime_ns or not table.is_settled:

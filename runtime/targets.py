@@ -23,7 +23,7 @@ def missing(target: str) -> str:
 
 
 def misfit(bundle: Path, target: str) -> str:
-    """Why a bundle has nothing for this target that runs here; '' when it has, or none is needed."""
+    """Why a bundle has no plan for this target that runs here; '' when it has one, or needs none."""
     if target not in NEEDS_PLAN:
         return ""
     from .engines.tensorrt import fits_here

@@ -31,6 +31,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell .ci/run what was skipped. pytest-xdist's workers have no terminal, so it is called once a run."""
+    if file := os.environ.get("PERSONALQ_SKIPS"):
+        from tests.skips import record
+
+        record(terminalreporter.stats, Path(file))
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Where a Chromium is; skips without one, and fails in CI."""
+    from tests.browser import require_browser
+
+    return require_browser()
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved StableDiffusionPipeline with random weights (seed 0), FP32: 8x8 latents, text 32 wide, 4 attentions.

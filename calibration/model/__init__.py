@@ -1,1 +1,1 @@
-"""The FP32 model as torch runs it: loaded, told its prompts, and its reference outputs."""
+"""The FP32 model in torch: building it from the reader's weights, calling it, recording its reference outputs."""

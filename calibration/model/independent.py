@@ -13,11 +13,13 @@ from personalq.architecture import read_configs
 from personalq.cards.card import Card
 from personalq.errors import PersonalQError
 from personalq.repository import Repository
+from personalq.repository.settings import read_settings
 from personalq.weights.checkpoint import CheckpointWeights, open_weights
-from personalq.weights.custom_diffusion import is_custom_diffusion, replaced_parameter
-from personalq.weights.embeddings import parts_by_encoder
+from personalq.weights.deltas.custom_diffusion import is_custom_diffusion, replaced_parameter
+from personalq.weights.deltas.embeddings import parts_by_encoder
+from personalq.weights.deltas.lora import foreign_lengths
+from personalq.weights.deltas.lora_names import is_lora, unread_names
 from personalq.weights.header import read_header
-from personalq.weights.lora import foreign_lengths, is_lora
 
 from .conditioning import Pipe
 from .pipeline import LATENT_MODELS, TEXT_MODELS, open_base, quiet_libraries
@@ -50,9 +52,10 @@ def checked_against(repository: Repository, card: Card) -> str:
 
 def load_by_diffusers(repository: Repository, card: Card) -> Pipe:
     """The checkpoint's FP32 pipeline as diffusers' own loaders make it. Whatever they raise comes through."""
+    base_dir, folder = repository.base_dir(card), repository.checkpoint_dir(card.id)
     with quiet_libraries():
-        pipe = open_base(repository.base_dir(card), {})
-        LOADERS[card.kind](pipe, repository.checkpoint_dir(card.id))
+        pipe = open_base(base_dir, read_settings(base_dir, folder), {})
+        LOADERS[card.kind](pipe, folder)
     return pipe
 
 
@@ -76,8 +79,11 @@ def _differences(pipe: Pipe, weights: CheckpointWeights, components: list[str]) 
 def _dropped(folder: Path) -> str:
     """What diffusers 0.42.1 is known to leave out of a file without an error; '' when nothing."""
     for file in sorted(folder.glob("*.safetensors")):
-        if lost := foreign_lengths(read_header(file).shapes):
+        shapes = read_header(file).shapes
+        if lost := foreign_lengths(shapes):
             return f"drops the lengths of this DoRA ({lost[0]})"
+        if is_lora(shapes) and (unread := unread_names(shapes)):
+            return f"passes over some names of this LoRA ({unread[0]})"
     return ""
 
 

@@ -1,32 +1,37 @@
 """A checkpoint as torch runs it: an FP32 diffusers pipeline whose parameters are those that `personalq.weights` reads."""
 
+import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    SchedulerMixin,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from personalq.architecture import SECOND_ENCODER, read_configs
+from personalq.architecture import SECOND_ENCODER
 from personalq.cards.card import Card
 from personalq.errors import PersonalQError, RepositoryError
 from personalq.repository import Repository
+from personalq.repository.settings import Settings, read_settings
+from personalq.scheduler import DDIM_FIELDS, NOISY, BaseScheduler
 from personalq.weights.checkpoint import CheckpointWeights, ComponentWeights, open_weights
-from personalq.weights.embeddings import TOKEN_TABLES
+from personalq.weights.deltas.embeddings import TOKEN_TABLES
 
 from .conditioning import Pipe
 
@@ -41,26 +46,39 @@ LATENT_MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 def load_pipeline(repository: Repository, card: Card, device: str = "cpu") -> Pipe:
     """The checkpoint's FP32 pipeline with a DDIM scheduler, its delta merged by the reader. Raises RepositoryError."""
     base_dir = repository.base_dir(card)
-    weights = open_weights(base_dir, repository.checkpoint_dir(card.id), card.kind)
-    configs = read_configs(base_dir)
+    checkpoint_dir = repository.checkpoint_dir(card.id)
+    weights, settings = open_weights(base_dir, checkpoint_dir, card.kind), read_settings(base_dir, checkpoint_dir)
     with quiet_libraries(), one_line(card.id, "the models of its base's configs"):
-        models = {name: _model(name, config, weights.component(name)) for name, config in configs.items()}
-        pipe = open_base(base_dir, models)
+        models = {name: _model(name, config, weights.component(name)) for name, config in settings.configs.items()}
+        pipe = open_base(base_dir, settings, models)
         _add_tokens(pipe, weights)
     return pipe.to(device)
 
 
-def open_base(base_dir: Path, models: dict[str, nn.Module]) -> Pipe:
-    """The base's pipeline, FP32, with these models in place of its own; its scheduler's settings as they are."""
-    kind = StableDiffusionXLPipeline if SECOND_ENCODER in read_configs(base_dir) else StableDiffusionPipeline
-    pipe: Pipe = kind.from_pretrained(
-        base_dir, torch_dtype=torch.float32, local_files_only=True, **OPTIONS[kind], **models
-    )
-    # the base's own settings: StableDiffusionPipeline overrules a steps_offset of 0, the runtime obeys it
-    own = type(pipe.scheduler).from_pretrained(base_dir, subfolder="scheduler", local_files_only=True)
-    pipe.scheduler = DDIMScheduler.from_config(own.config)
+def open_base(base_dir: Path, settings: Settings, models: dict[str, nn.Module]) -> Pipe:
+    """The base's pipeline, FP32, with these models in place of its own, and DDIM over the settings' noise schedule."""
+    kind = StableDiffusionXLPipeline if SECOND_ENCODER in settings.configs else StableDiffusionPipeline
+    parts = {name: CLIPTokenizer.from_pretrained(folder) for name, folder in settings.tokenizers.items()}
+    options = {**OPTIONS[kind], **models, **parts, "scheduler": ddim(settings.scheduler.settings)}
+    pipe: Pipe = kind.from_pretrained(base_dir, torch_dtype=torch.float32, local_files_only=True, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def ddim(settings: Mapping[str, Any]) -> DDIMScheduler:
+    """DDIM over a base's noise schedule. Each argument is said: `from_config` of another class takes DDIM's defaults."""
+    return DDIMScheduler(**{field: settings[field] for field in DDIM_FIELDS})
+
+
+def own_scheduler(scheduler: BaseScheduler) -> tuple[str, SchedulerMixin]:
+    """(sampler, diffusers' scheduler that it equals): who draws the golden pictures. The base's own; DDIM where that draws
+    noise, which torch and numpy draw differently."""
+    settings = scheduler.settings
+    if scheduler.sampler in ("ddim", *NOISY):
+        return "ddim", ddim(settings)
+    kind = getattr(diffusers, settings["_class_name"])
+    taken = inspect.signature(kind.__init__).parameters
+    return scheduler.sampler, kind(**{field: value for field, value in settings.items() if field in taken})
 
 
 @contextmanager

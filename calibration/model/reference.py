@@ -1,7 +1,8 @@
 """Goldens: what the FP32 torch pipeline computes with the checkpoint's weights. The gate compares with these."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ from personalq.cards.card import Card, is_style
 from personalq.errors import RepositoryError
 from personalq.goldens import POOLED, VERSION
 from personalq.repository.atomic import write_atomic
+from personalq.scheduler import BaseScheduler
 from personalq.weights.header import read_header
 
 from ..blob import same_bytes
 from ..prompts import subject_of
 from .conditioning import Pipe, encode
 from .outputs import sampled_outputs
-from .pipeline import packed_rows
+from .pipeline import own_scheduler, packed_rows
 
 TIMESTEPS = (999, 799, 599, 399, 199, 39)
 
@@ -50,16 +52,28 @@ def metadata_of(path: Path) -> Mapping[str, str]:
         return {}
 
 
-def is_current(path: Path, checkpoint_sha256: str) -> bool:
-    """True when `path` holds goldens of this format and of these weights."""
+def is_current(path: Path, checkpoint_sha256: str, scheduler: BaseScheduler) -> bool:
+    """True when `path` holds goldens of this format, of these weights and of this scheduler."""
     metadata = metadata_of(path)
-    return metadata.get("version") == VERSION and metadata.get("checkpoint_sha256") == checkpoint_sha256
+    wanted = {"version": VERSION, "checkpoint_sha256": checkpoint_sha256, "scheduler_sha256": scheduler.sha256()}
+    return all(metadata.get(name) == value for name, value in wanted.items())
 
 
 def write_reference(
-    pipe: Pipe, card: Card, path: Path, *, steps: int, guidance: float, checkpoint_sha256: str, checked_against: str
+    pipe: Pipe,
+    card: Card,
+    path: Path,
+    *,
+    scheduler: BaseScheduler,
+    steps: int,
+    guidance: float,
+    checkpoint_sha256: str,
+    checked_against: str,
 ) -> None:
-    """Run every part of the pipeline in FP32 and write inputs and outputs to `path` (safetensors, atomically)."""
+    """Run every part of the pipeline in FP32 and write inputs and outputs to `path` (safetensors, atomically).
+
+    Pictures are drawn as the base's scheduler draws; single steps are DDIM's, which remembers nothing.
+    """
     prompts = golden_prompts(card)
     ids, told = encode(pipe, prompts)
     generator = np.random.default_rng(7)
@@ -74,7 +88,8 @@ def write_reference(
             for (i, t), p in zip(enumerate(TIMESTEPS), prompt, strict=True)
         ]
         seen = sampled_outputs(pipe.unet, inputs)
-        latents = [_image_latents(pipe, prompts[1 + i], noise[i : i + 1], steps, guidance) for i in range(2)]
+        with drawing_as(pipe, scheduler) as sampler:
+            latents = [_image_latents(pipe, prompts[1 + i], noise[i : i + 1], steps, guidance) for i in range(2)]
         latent = torch.cat(latents) / pipe.vae.config.scaling_factor
         decoded = pipe.vae.decode(latent).sample
     images = ((decoded.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
@@ -101,6 +116,8 @@ def write_reference(
         "version": VERSION,
         "checkpoint_sha256": checkpoint_sha256,
         "checked_against": checked_against,
+        "scheduler_sha256": scheduler.sha256(),
+        "sampler": sampler,
         "prompts": json.dumps(prompts),
         "steps": str(steps),
         "guidance": str(guidance),
@@ -108,6 +125,17 @@ def write_reference(
         "blocks": json.dumps(seen.block_sizes),
     }
     write_atomic(path, same_bytes(tensors, metadata))
+
+
+@contextmanager
+def drawing_as(pipe: Pipe, scheduler: BaseScheduler) -> Iterator[str]:
+    """The pipeline with the base's own scheduler in place of DDIM, and the sampler that it is."""
+    ddim = pipe.scheduler
+    sampler, pipe.scheduler = own_scheduler(scheduler)
+    try:
+        yield sampler
+    finally:
+        pipe.scheduler = ddim
 
 
 def _steps_taken(

@@ -9,7 +9,7 @@ from .gptq import Hessian
 
 Array = npt.NDArray[np.float32]
 STRENGTH = 0.5  # alpha of SmoothQuant
-NARROWEST = 1e-3  # of the largest factor: a channel that was never seen must not take the whole range
+NARROWEST = 1e-3  # of the largest factor: a channel that calibration never saw must not claim the whole range
 
 
 def smooth(channel_absmax: Array, weight: Array) -> Array:
@@ -23,7 +23,7 @@ def smooth(channel_absmax: Array, weight: Array) -> Array:
 
 
 def shortcut(channel_absmax: Array, skip: int) -> Array:
-    """One factor for the channels from below and one for the last `skip` channels, which came over the skip connection.
+    """One factor for the channels from the previous block and one for the last `skip` channels, from the skip connection.
 
     Q-Diffusion (ICCV'23, arXiv 2302.04304, section 4.2) quantises the two halves of a concatenation apart. Each half fills
     the int8 range here too; the weight halves share the output channel's scale, so that the layer stays one integer kernel.

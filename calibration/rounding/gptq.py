@@ -18,7 +18,7 @@ DAMPING = 0.01  # of the mean diagonal, as the paper
 
 
 def columns(module: nn.Module, x: Tensor) -> Tensor:
-    """The layer's input as rows of its weight matrix's columns: (B, pixels or tokens, K)."""
+    """The layer's input as a matrix with one column per column of its weight: (B, pixels or tokens, K)."""
     if isinstance(module, nn.Conv2d):
         unfolded = nn.functional.unfold(x, module.kernel_size, padding=module.padding, stride=module.stride)
         return unfolded.transpose(1, 2)
@@ -55,7 +55,7 @@ class Hessian:
 def gptq(weight: Array, scale: Array, hessian: Hessian, qtype: QType, block: int = 64) -> npt.NDArray[np.int8]:
     """weight (O, K) -> int8 integers (O, K) that keep the layer's output, not its weight.
 
-    scale: (O,) per output channel, or (O, K / block length), fixed before the first column is rounded (the paper finds a
+    scale: (O,) per output channel, or (O, K / block length), fixed before the first column is rounded (the paper computes a
     block's scale when it gets there).
     """
     w = torch.from_numpy(weight.astype(np.float32)).clone()

@@ -1,12 +1,12 @@
 """Tuning after rounding: scales, biases, norms and single integers are learnt so that the quantised UNet predicts as in FP32.
 
-Nothing grows: floats that are there anyway move, and a few in a thousand integers go one step, by the straight-through
-estimator (arXiv 1308.3432) from where rounding left them, leaning towards the exact weight. The loss is the squared error of the
+Nothing grows: existing floats are adjusted, and a few integers in a thousand move by one step, by the straight-through
+estimator (arXiv 1308.3432), starting near their exact weight. The loss is the squared error of the
 *guided* prediction u + g (c - u) (Classifier-Free Diffusion Guidance, arXiv 2207.12598, eq. 6), because that is what a
-sampler follows: an error that both halves share is passed on once, one they do not share g-fold, and the trigger lives in
-the difference. What an error does to the picture depends on when it is made: pairs are drawn as statistics.harm measures it.
-In the spirit of block reconstruction (BRECQ, arXiv
-2102.05426) and of tuning what stays float (EfficientDM, arXiv 2310.03270), with the whole UNet as the block.
+sampler follows: an error that both halves share is passed on once, one that they do not share is multiplied by g, and the
+trigger is what makes them differ. What an error does to the picture depends on the step at which it is made, so pairs are
+sampled in proportion to the harm that statistics.harm measured. In the spirit of block reconstruction (BRECQ, arXiv 2102.05426)
+and of tuning what stays float (EfficientDM, arXiv 2310.03270), with the whole UNet as the block.
 """
 
 import math
@@ -27,10 +27,10 @@ from ..statistics.sensitivity import Points
 from .gptq import spread
 
 STEPS, PAIRS = 160, 6
-# Of log scales, biases and norms; of weights, in quantisation steps. Four times as fast lowers the error of every single step
-# further and doubles that of the finished picture: the errors that are left then all point one way.
+# Of log scales, biases and norms; of weights, in quantisation steps. A rate four times higher lowers every single step's error
+# further but doubles that of the finished picture: the remaining errors then all point the same way.
 RATE, INTEGER_RATE = 5e-4, 5e-3
-LEAN = 0.45  # an integer starts this share of the way to its exact weight: near the edge it would cross, never over it
+LEAN = 0.45  # an integer starts this share of the way to its exact weight: near the rounding boundary, never across it
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What running a checkpoint shows: activation ranges, attention, text rows, sensitivity."""
+"""What is measured while a checkpoint runs: activation ranges, attention, text rows, sensitivity."""

@@ -1,4 +1,4 @@
-"""Watch cross-attention: how much each text row is attended to, and where in the picture the trigger is attended to."""
+"""Record cross-attention: how much attention each text row gets, and where in the picture the trigger gets it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ Note = Callable[[int, Tensor], None]
 
 
 class WatchedAttention:
-    """Attention processor equal to the layer's own, with the softmax in the open."""
+    """Attention processor equivalent to the layer's own, with the softmax computed explicitly so that it can be read."""
 
     def __init__(self, index: int, note: Note):
         self.index, self.note = index, note

@@ -62,7 +62,7 @@ class Evidence:
     """pipe: the FP32 pipeline with the delta loaded; the parts below are computed once.
 
     saved: where an observation is kept between runs. checkpoint_sha256: of the weights that are loaded.
-    decided: what policies made of it so far (calibration.decide).
+    decided: a cache of the decisions made from it so far (calibration.decide).
     """
 
     pipe: Pipe
@@ -107,7 +107,7 @@ class Evidence:
 
     @cached_property
     def lessons(self) -> Points:
-        """What tuning learns from: pairs (unconditional, conditional) of N_LESSONS steps, spread over prompts and steps."""
+        """Training pairs for tuning: (unconditional, conditional) at N_LESSONS steps, spread over prompts and steps."""
         watcher = Watcher(self, N_LESSONS, pairs=True)
         with watcher.watching():
             self._denoise(watcher.start)
@@ -150,7 +150,7 @@ class Watcher:
         self.wanted = set(np.linspace(0, total - 1, n_points).astype(int).tolist())
 
     def start(self, index: int) -> None:
-        """A prompt begins: note its rows and the classes of its tokens."""
+        """Start a prompt: record its rows and the classes of its tokens."""
         recipe, pipe = self.evidence.recipe, self.evidence.pipe
         ids, told = encode(pipe, ["", recipe.prompts[index]])
         eos = pipe.tokenizer.eos_token_id

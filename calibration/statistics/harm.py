@@ -1,4 +1,4 @@
-"""What an error of the prediction does to the finished picture, by when it is made: measured, part by part of the schedule."""
+"""How much an error of the prediction harms the finished picture, measured for each part of the schedule."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def harm_by_time(evidence: Evidence, rounded: Mapping[str, Rounded]) -> dict[flo
     """Time step -> squared error of the final latents per squared error of the guided predictions made around it.
 
     The schedule is cut into PARTS, the last step by itself; in one part at a time the quantised UNet predicts, FP32 in all
-    others. Medians over PROMPTS prompts, because a picture that turns into another one says nothing about the part.
+    others. Medians over PROMPTS prompts, because a picture that changes completely says nothing about the part.
     """
     pipe, recipe = evidence.pipe, evidence.recipe
     pipe.scheduler.set_timesteps(recipe.steps)

@@ -1,7 +1,7 @@
-"""Statistics on disk: what one pass over a checkpoint saw, to be used again by the next policy (`specs/<id>/statistics`).
+"""Statistics on disk: the results of one pass over a checkpoint, for the next policy to reuse (`specs/<id>/statistics`).
 
 Safetensors (histograms, attention mass, sensitivity points) with a JSON header (moments, and the key of what produced
-them). A file of another checkpoint, prompts, steps or seed is not used, and is written anew.
+them). A file for another checkpoint, prompts, steps or seed is ignored and overwritten.
 """
 
 import hashlib

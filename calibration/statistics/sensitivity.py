@@ -1,7 +1,7 @@
 """Sensitivity: how much the noise prediction suffers when one layer's weight is quantised, plain and where the trigger attends.
 
 Measured, layer by layer, by replacing the weight with its quantised values in the FP32 model and running a fixed, small
-set of (latent, time step, prompt) points that calibration met. Weights only: activations stay 8 bit in every policy.
+set of (latent, time step, prompt) points from calibration. Weights only: activations are 8 bits in every policy.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Points:
-    """Inputs met on the way: sample (N,4,h,w), timestep (N,), trigger weights (N,1,h,w) with mean 1; see Conditioning."""
+    """Inputs recorded on the way: sample (N,4,h,w), timestep (N,), trigger weights (N,1,h,w) with mean 1; see Conditioning."""
 
     sample: Tensor
     timestep: Tensor
@@ -31,7 +31,7 @@ class Points:
 
     @property
     def told(self) -> Conditioning:
-        """What the UNet was told of the prompts."""
+        """The UNet's conditioning for the prompts."""
         return Conditioning(self.text, self.pooled, self.time_ids)
 
     def predict(self, unet: nn.Module, parameters: Mapping[str, Tensor] = ITS_OWN) -> Tensor:

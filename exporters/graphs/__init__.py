@@ -1,1 +1,1 @@
-"""The ONNX graphs of a family: traced once, changed by passes, lowered for a target, counted."""
+"""The ONNX graphs of a family: traced once, rewritten by passes, lowered for a target, audited by a census."""

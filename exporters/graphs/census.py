@@ -1,4 +1,4 @@
-"""Count what a lowered graph really holds, layer by layer: read from its nodes, never from what somebody meant to write."""
+"""Count what a lowered graph actually contains, layer by layer: read from its nodes, not from what the lowering intended."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from personalq.spec import LayerSpec
 # What a weight may pass through between its initializer and the product.
 _WEIGHT_PATH = {"Transpose", "DequantizeLinear", "QuantizeLinear", "Cast", "Reshape"}
 _STORED = {ir.DataType.INT8: "int8", ir.DataType.INT4: "int4"}
-# How a spec's weight type is stored: seven and six bits have no ONNX type and sit in int8.
+# How a spec's weight type is stored: 7- and 6-bit weights have no ONNX type and are stored as int8.
 STORED_AS = {"int7": "int8", "int6": "int8"}
 
 
@@ -52,7 +52,7 @@ def spec_kinds(layers: Mapping[str, LayerSpec]) -> dict[str, LayerKind]:
 
 
 def count(kinds: Iterable[LayerKind]) -> dict[str, int]:
-    """'conv int8/int8' -> how many."""
+    """'conv int8/int8' -> number of layers."""
     return dict(sorted(Counter(str(kind) for kind in kinds).items()))
 
 

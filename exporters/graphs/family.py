@@ -2,7 +2,7 @@
 
 `families/<key>-v<recipe>/` holds one ONNX file per graph (checkpoint tensors are external references to nothing, by name) and
 `family.json`. The key hashes what fixes the graphs, so an equal architecture is traced once per tracing recipe. Tracing
-takes minutes, so the common ones lie traced beside this file (SHIPPED; `tools/trace_families.py` makes them).
+takes minutes, so common families are shipped traced beside this file (SHIPPED; `tools/trace_families.py` writes them).
 """
 
 import json
@@ -22,7 +22,7 @@ from personalq.repository.atomic import atomic_directory
 from ..external_data import Report, silent
 from ..lock import only_one
 
-TRACE_VERSION = "3"
+TRACE_VERSION = "4"
 NOTE = "family.json"
 SHIPPED = Path(__file__).parent / "families"
 TRACERS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir")
@@ -55,7 +55,7 @@ def open_family(families: Path, base_dir: Path, progress: Report = silent) -> Fa
                 with atomic_directory(folder) as temporary:
                     if is_traced(shipped):
                         for file in shipped.iterdir():
-                            shutil.copyfile(file, temporary / file.name)  # not its mode: packages may be read-only
+                            shutil.copyfile(file, temporary / file.name)  # without its mode: packages may be read-only
                     else:
                         write_family(temporary, key, configs, progress)
     return Family(key, folder, configs)

@@ -1,8 +1,8 @@
 """The `ort` lowering: family graph + spec -> the graph ONNX Runtime's CPU provider (and OpenVINO) run in integers.
 
-FP32 around int8. What the kernels want (measured with ONNX Runtime 1.32): explicit zero points; a Conv fuses into
+FP32 around int8. What the kernels require (measured with ONNX Runtime 1.32): explicit zero points; a Conv fuses into
 QLinearConv only when its output is quantised too; a Linear is MatMul + Add, never Gemm (see runtime.engines.engine for the
-optimiser that must stay off). Attention products stay float: they are faster so, and trigger attention stays exact.
+optimiser that must stay off). Attention products stay float: that is faster, and keeps the trigger's attention exact.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ STORAGE = {"float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT}
 
 @dataclass
 class Lowered:
-    """A graph ready to be written, the tensors it needs, and what was done to which layer."""
+    """A graph ready to be written, the tensors it needs, and what became of each layer."""
 
     model: ir.Model
     tensors: list[StoredTensor]

@@ -1,6 +1,6 @@
 """The `trt` lowering: family graph + spec -> the graph TensorRT (10.12 to 11) and TensorRT for RTX compile.
 
-Strongly typed float16 around the same integers as `ort`. What the builders want (documented, and compiled with TensorRT
+Strongly typed float16 around the same integers as `ort`. What the builders require (documented, and compiled with TensorRT
 for RTX 1.7.1: docs/tensorrt.md): symmetric constant scales in the type of their input, float bias, no Q/DQ on outputs,
 attention left alone. The node of every layer bears the layer's name, so that a builder's report can be held against the spec.
 """
@@ -89,7 +89,7 @@ def _units(layers: dict[str, LayerNode], spec_file: SpecFile) -> dict[str, np.fl
 
 
 class _Layer:
-    """One layer on its way from float to integers."""
+    """One layer while it is being quantised."""
 
     def __init__(
         self, build: Builder, layer: LayerNode, decision: LayerSpec, tensors: dict[str, Array], dtype: ir.DataType

@@ -6,8 +6,9 @@ checkpoint of the family is exported by reading weights by name (TensorRT refits
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -15,17 +16,19 @@ import onnxscript.optimizer
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+NEVER_EVEN = 32  # diffusers takes skips' sizes unless 2 to this power divides both sides
 OPSET = 20  # GroupNorm becomes InstanceNormalization, which ONNX Runtime's CPU provider has a kernel for
 
 
 def attend(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention written out: query (B,N,C), key and value (B,M,C) -> (B,N,C), the output projection applied.
 
-    torch's fused operator exports as a dozen shape computations around the same two products; these are all there is.
+    torch's fused operator exports as a dozen shape computations around the same two products; this form has none of them.
     """
     query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
     scores = (query.permute(0, 2, 1, 3) * attn.scale) @ key.permute(0, 2, 3, 1)
@@ -34,7 +37,7 @@ def attend(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class SelfAttention:
-    """Attention processor of a layer that looks at its own input."""
+    """Attention processor of a self-attention layer."""
 
     def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """hidden_states (B, N, C) -> (B, N, C)."""
@@ -60,10 +63,28 @@ def cross_attention_layers(unet: UNet2DConditionModel) -> list[tuple[str, int]]:
     return [(name, m.to_k.out_features) for name, m in modules if name.endswith(".attn2")]
 
 
+def upsample(layer: Upsample2D, hidden_states: Tensor, output_size: Sequence[Any]) -> Tensor:
+    """hidden_states (B,C,h,w) -> (B,C,*output_size): each pixel twice, the last one once where a side is odd."""
+    upsampled: Tensor = layer.conv(nn.functional.interpolate(hidden_states, size=output_size, mode="nearest"))
+    return upsampled
+
+
+def follow_skips(unet: UNet2DConditionModel) -> None:
+    """Upsample to the size of the skip connection that is joined next, for every size.
+
+    diffusers does so where a side of the latents cannot be halved evenly as often as the UNet halves it, and doubles where it
+    can, which is the same. A trace takes one of the two ways.
+    """
+    unet.num_upsamplers = NEVER_EVEN
+    for module in unet.modules():
+        if isinstance(module, Upsample2D):
+            module.forward = partial(upsample, module)
+
+
 class UNetFromRows(nn.Module):
     """sample (B,4,h,w), timestep (1,), rows (B,77,R) -> noise_pred (B,4,h,w), all float32.
 
-    SDXL is told two things more: text_embeds (B,P), the second encoder's pooled text, and time_ids (B,6).
+    SDXL has two more inputs: text_embeds (B,P), the second encoder's pooled text, and time_ids (B,6).
     """
 
     def __init__(self, unet: UNet2DConditionModel):
@@ -73,6 +94,7 @@ class UNetFromRows(nn.Module):
             unet.get_submodule(name).set_processor(RowsAttention(offset, width))
             unet.get_submodule(name.removesuffix("2") + "1").set_processor(SelfAttention())
             offset += 2 * width
+        follow_skips(unet)
         self.model = unet
 
     def forward(
@@ -139,7 +161,7 @@ class VaeDecoder(nn.Module):
         return self.model.decode(latent, return_dict=False)[0]
 
 
-# diffusers' Upsample2D branches at batch 64 (a layout hint only), which torch.export takes for a limit.
+# diffusers' Upsample2D branches at batch 64 (a layout hint only), which torch.export turns into an upper bound.
 BATCH = torch.export.Dim("batch", max=63)
 # Text rows: 77 for each chunk of a prompt. The text encoders stay at 77, their position embeddings' number.
 TOKENS = torch.export.Dim("tokens")
@@ -149,7 +171,7 @@ AREA = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
 def trace_graphs(configs: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ir.Model]]:
     """Family configs (component -> diffusers/transformers config) -> (name, graph without weights), one by one.
 
-    Dynamic batch, height and width. Weights play no part and take no memory: every parameter is one zero, expanded.
+    Dynamic batch, height and width. Weights are not needed and take no memory: every parameter is a single expanded zero.
     """
     length, is_sdxl = configs["text_encoder"].get("max_position_embeddings", 77), "text_encoder_2" in configs
     ids = torch.ones(2, length, dtype=torch.long)
@@ -277,7 +299,7 @@ def share_constants(model: ir.Model, parameters: set[str]) -> None:
 
 
 def strip_notes(model: ir.Model) -> None:
-    """Remove what only a debugger wants: doc strings, metadata (it holds file paths of the tracing machine), stack traces."""
+    """Remove what only debugging needs: doc strings, metadata (it holds file paths of the tracing machine), stack traces."""
     model.doc_string = None
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

@@ -1,4 +1,4 @@
-"""Rules about graphs that build and are not what they look like: float where integers were meant, weights unpacked each run."""
+"""Rules about graphs that build but waste time: float where integers were intended, weights unpacked at every run."""
 
 from collections.abc import Iterator
 

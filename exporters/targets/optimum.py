@@ -5,7 +5,6 @@ quantised by the spec, with the same integers as a bundle's. How to use the fold
 """
 
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from personalq.errors import RepositoryError
 from personalq.repository import Repository
 from personalq.repository.atomic import atomic_directory
 from personalq.repository.identity import weights_sha256
+from personalq.repository.settings import SCHEDULER, Settings, read_settings
 from personalq.spec import SpecFile, read_spec
 from personalq.weights.checkpoint import CheckpointWeights, ComponentWeights, open_weights
 
@@ -68,7 +68,7 @@ def write_optimum(
             model = text_graph(family, name, weights.component(name))
             _write(model, weights.component(name), place / name, storage)
         _write(vae_graph(family), weights.component("vae"), place / "vae_decoder", storage)
-        write_settings(family, base, weights, place)
+        write_settings(family, read_settings(base, checkpoint), weights, place)
     sizes = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     of_unet = sum(size for file, size in sizes.items() if file.parent.name == "unet")
     seconds = time.perf_counter() - started
@@ -117,34 +117,32 @@ def _write(model: ir.Model, weights: ComponentWeights, folder: Path, storage: ir
     write_graph(model, store_floats(model, set(), storage), weights.read, folder / MODEL, DATA)
 
 
-def write_settings(family: Family, base: Path, weights: CheckpointWeights, place: Path) -> None:
+def write_settings(family: Family, settings: Settings, weights: CheckpointWeights, place: Path) -> None:
     """Component configs, tokenizers, scheduler and model_index.json."""
     is_sdxl = SECOND_ENCODER in family.configs
-    configs = {**family.configs, "vae_decoder": {"scaling_factor": 0.18215, **family.configs["vae"]}}
+    configs = {**settings.configs, "vae_decoder": {"scaling_factor": 0.18215, **settings.configs["vae"]}}
     models = [name for name in ("unet", *ENCODERS, "vae_decoder") if name in configs]
     for name in models:
         config = configs[name] | ({"num_hidden_layers": 1} if is_sdxl and name in ENCODERS else {})
         _write_json(place / name / "config.json", config)
-    given = json.loads((base / "model_index.json").read_text()) if (base / "model_index.json").is_file() else {}
     (place / "scheduler").mkdir()
-    shutil.copyfile(base / "scheduler" / "scheduler_config.json", place / "scheduler" / "scheduler_config.json")
+    _write_json(place / SCHEDULER, dict(settings.scheduler_config))
     index: dict[str, Any] = {"_class_name": PIPELINES[is_sdxl], "_diffusers_version": "0.35.2"}
-    index["scheduler"] = ["diffusers", scheduler_class(base)]
-    for name in write_tokenizer_folders(base, weights, place):
+    index["scheduler"] = ["diffusers", scheduler_class(settings)]
+    for name in write_tokenizer_folders(settings, weights, place):
         index[name] = ["transformers", "CLIPTokenizer"]
     index |= {name: ["diffusers", "OnnxRuntimeModel"] for name in models}
     if is_sdxl:
-        index["force_zeros_for_empty_prompt"] = given.get("force_zeros_for_empty_prompt", True)
+        index["force_zeros_for_empty_prompt"] = settings.index.get("force_zeros_for_empty_prompt", True)
     _write_json(place / "model_index.json", index)
 
 
-def scheduler_class(base: Path) -> str:
+def scheduler_class(settings: Settings) -> str:
     """The scheduler's class in diffusers; a base's own word for the module is not taken: optimum imports what stands there."""
-    file = base / "scheduler" / "scheduler_config.json"
-    name = json.loads(file.read_text()).get("_class_name")
+    name = settings.scheduler_config.get("_class_name")
     if not (isinstance(name, str) and name.isidentifier() and name.endswith("Scheduler")):
         raise RepositoryError(
-            f"{file}: _class_name must be a scheduler of diffusers, got {name!r}; copy the base again"
+            f"{SCHEDULER}: _class_name must be a scheduler of diffusers, got {name!r}; copy the base again"
         )
     return name
 

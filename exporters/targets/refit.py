@@ -1,4 +1,4 @@
-"""Put another checkpoint's weights into a refittable float16 plan, by name, and prove that it can be taken back.
+"""Put another checkpoint's weights into a refittable float16 plan, by name, and prove that the change can be reverted.
 
 TensorRT names weights as the ONNX file does, and our graphs name them like torch parameters. Refitting quantised weights or
 scales is documented nowhere, so quantised bundles are rebuilt. Built for TensorRT 10.12 to 11.4; not run without a GPU.

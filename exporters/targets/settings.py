@@ -1,6 +1,6 @@
-"""What a person can choose about a TensorRT engine: `--set KEY=VALUE`, checked here, and part of the engine's key.
+"""The options of a TensorRT engine: `--set KEY=VALUE`, validated here, and part of the engine's key.
 
-Shapes are static unless a range is given (min:opt:max): a static engine is quicker to build, smaller and faster.
+Shapes are static unless a range is given (min:opt:max): a static engine builds sooner, is smaller and runs faster.
 """
 
 import re

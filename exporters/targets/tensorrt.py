@@ -103,7 +103,7 @@ def build_plan(
 
 
 def plan_parts(manifest: Manifest, target: str, settings: BuildSettings, version: str) -> dict[str, str]:
-    """Everything a plan depends on, in clear: graph, weights, device, version, shapes and settings."""
+    """Everything a plan depends on, in readable form: graph, weights, device, version, shapes and settings."""
     device = ",".join(settings.architectures) if target == "tensorrt-rtx" else compute_capability()
     files = {name: manifest.files[name].sha256 for name in (GRAPH, WEIGHTS)}
     shapes = {

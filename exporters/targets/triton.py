@@ -1,8 +1,8 @@
 """A bundle as models of a Triton model repository: text encoder, text rows, UNet and decoder, each a folder of its own.
 
-Files are linked where they can be, so a hundred checkpoints over one base cost what their bundles cost. The quantised UNet
-is written as ONNX Runtime optimises it for the CPU, because Triton's backend cannot turn off one optimiser
-(MatMulAddFusion, which would make a quantised Linear a float one); a TensorRT plan takes its place where there is one.
+Files are hard-linked where possible, so a hundred checkpoints over one base take no more space than their bundles. The
+quantised UNet is written as ONNX Runtime optimises it for the CPU, because Triton's backend cannot turn off a single optimiser
+(MatMulAddFusion, which would turn a quantised Linear into a float one); a TensorRT plan takes its place if there is one.
 """
 
 import hashlib
@@ -79,7 +79,7 @@ def parts_of(manifest: Manifest) -> list[Part]:
 
 
 def _write_model(bundle: Path, manifest: Manifest, part: Part, name: str, folder: Path) -> ModelConfig:
-    """Write one model's files into its version folder and return what Triton is told about it."""
+    """Write one model's files into its version folder and return its configuration for Triton."""
     tags = {"checkpoint": manifest.checkpoint.id, "bundle": manifest.key[:12], "spec": manifest.spec.name}
     plans = sorted(engines_of(bundle, "tensorrt"), key=lambda kept: kept.path.stat().st_mtime_ns)
     if part.name == "unet" and plans:

@@ -36,7 +36,7 @@ class Port:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What Triton is told about one model. backend 'onnxruntime' or 'tensorrt'; kind: KIND_AUTO, KIND_CPU, KIND_GPU."""
+    """The configuration of one model. backend 'onnxruntime' or 'tensorrt'; kind: KIND_AUTO, KIND_CPU, KIND_GPU."""
 
     name: str
     backend: str
@@ -49,7 +49,7 @@ class ModelConfig:
 
 
 def config_text(config: ModelConfig) -> str:
-    """The text of config.pbtxt. The batch is an ordinary open side: guidance and requests are batched by the caller."""
+    """The text of config.pbtxt. The batch is an ordinary dynamic dimension: the caller batches guidance and requests."""
     from google.protobuf import text_format
 
     message = _message()()

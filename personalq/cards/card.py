@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import unicodedata
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 from urllib.parse import quote, unquote
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import CardError
-
-Kind = Literal["dreambooth", "lora", "textual_inversion", "custom_diffusion"]
-KINDS: tuple[str, ...] = get_args(Kind)
+from .kinds import Kind, kind_note, kind_problem, known_kind
+from .triggers import meant
 
 MAX_CARD_BYTES = 4 << 20
 MAX_ID, MAX_NAME, MAX_NOUN, MAX_TEXT, MAX_LINE, MAX_ITEMS = 200, 200, 80, 4000, 400, 64
 _RESERVED_IDS = frozenset({"cards.jsonl"})
 _SPACES = re.compile(r"\s+")
+_LISTS = frozenset({"trigger", "tags", "example_prompts"})
+_READ = ("name", "base", "trigger", "class_noun", "description", "tags", "example_prompts", "source")
 
 
 def clean_text(text: str, limit: int) -> str:
@@ -122,18 +124,24 @@ def _has_style(class_noun: str) -> bool:
 def read_card(data: object, *, where: str) -> tuple[Card, tuple[str, ...]]:
     """Read a card.json object or a catalogue line; return the card and warnings.
 
-    Accepts ``base`` or ``base_model``, and ``source`` with ``source_ref``; unknown keys are ignored. Raises CardError.
+    Accepts ``base`` or ``base_model``, ``source`` with ``source_ref``, and every word of ``kinds``; numbers count as text,
+    unknown keys are ignored. Raises CardError.
     """
     if not isinstance(data, Mapping):
         raise CardError(
             f"{where}: must be a JSON object with an id and a kind, got {type(data).__name__}; fix the file"
         )
+    said = _text(data.get("kind"), MAX_NOUN)
+    kind = known_kind(said)
+    if not kind:
+        raise CardError(f"{where}: {kind_problem(said)}")
+    trigger, notes = meant(_texts(data.get("trigger")))
     fields: dict[str, Any] = {
-        "id": str(data.get("id") or "").strip(),
+        "id": _id(data.get("id"), where),
         "name": _text(data.get("name"), MAX_NAME),
-        "kind": _text(data.get("kind"), MAX_NOUN).lower().replace("-", "_").replace(" ", "_"),
+        "kind": kind,
         "base": _text(data.get("base") or data.get("base_model"), MAX_LINE),
-        "trigger": _texts(data.get("trigger")),
+        "trigger": trigger,
         "class_noun": _text(data.get("class_noun"), MAX_NOUN),
         "description": _text(data.get("description"), MAX_TEXT),
         "tags": _texts(data.get("tags")),
@@ -142,8 +150,6 @@ def read_card(data: object, *, where: str) -> tuple[Card, tuple[str, ...]]:
         "provenance": _provenance(data),
     }
     fields["name"] = fields["name"] or fields["id"][:MAX_NAME]
-    if fields["kind"] not in KINDS:
-        raise CardError(f"{where}: kind must be one of {', '.join(KINDS)}, got {fields['kind']!r}; fix the card")
     try:
         card = Card.model_validate(fields)
     except ValidationError as error:
@@ -151,14 +157,15 @@ def read_card(data: object, *, where: str) -> tuple[Card, tuple[str, ...]]:
         place = ".".join(str(part) for part in problem["loc"])
         text = problem["msg"].removeprefix("Value error, ")
         raise CardError(f"{where}: {text}" if place == "id" else f"{where}: {place}: {text}") from error
-    return card, _warnings(card, data)
+    read_as = kind_note(said, kind)
+    return card, (*([read_as] if read_as else []), *notes, *_warnings(card, data))
 
 
 def parse_card(text: str | bytes, *, where: str) -> tuple[Card, tuple[str, ...]]:
     """Parse JSON text of one card; raise CardError when it is not JSON or not a card."""
     if len(text) > MAX_CARD_BYTES:
         raise CardError(
-            f"{where}: must be at most {MAX_CARD_BYTES >> 20} MB of JSON, got {len(text) >> 20} MB; shorten it"
+            f"{where}: must be at most {MAX_CARD_BYTES >> 20} MB of JSON, got {len(text) / 2**20:.1f} MB; shorten it"
         )
     try:
         data = json.loads(text)
@@ -178,15 +185,28 @@ def _short(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:80]
 
 
+def _id(value: object, where: str) -> str:
+    if value is not None and _written(value) is None:
+        raise CardError(f"{where}: id must be text, got {type(value).__name__}; fix the card")
+    return (_written(value) or "").strip()
+
+
+def _written(value: object) -> str | None:
+    """Text as it stands, a number as it is written; None for anything else."""
+    if isinstance(value, bool):
+        return None
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    return value if isinstance(value, str) else str(value) if is_number else None
+
+
 def _text(value: object, limit: int) -> str:
-    if isinstance(value, list | tuple):
-        value = next((item for item in value if isinstance(item, str)), "")
-    return clean_text(value, limit) if isinstance(value, str) else ""
+    items = value if isinstance(value, list | tuple) else [value]
+    return clean_text(next((text for item in items if (text := _written(item))), ""), limit)
 
 
 def _texts(value: object) -> tuple[str, ...]:
     items = value if isinstance(value, list | tuple) else [value]
-    texts = (clean_text(item, MAX_LINE) for item in items[:MAX_ITEMS] if isinstance(item, str))
+    texts = (clean_text(text, MAX_LINE) for item in items[:MAX_ITEMS] if (text := _written(item)))
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
@@ -212,4 +232,16 @@ def _warnings(card: Card, data: Mapping[str, Any]) -> tuple[str, ...]:
     description = data.get("description")
     if isinstance(description, str) and len(description) > MAX_TEXT:
         found.append(f"description cut to {MAX_TEXT} of {len(description)} characters")
+    for field in _READ:
+        found += [f"{field} {problem}" for problem in _not_used(data.get(field), is_list=field in _LISTS)]
     return tuple(found)
+
+
+def _not_used(value: object, *, is_list: bool) -> Iterator[str]:
+    """What of a field was not used: values that are no text, and what a list holds beyond the limit."""
+    items = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    odd = [type(item).__name__ for item in items if item is not None and _written(item) is None]
+    if odd:
+        yield f"must be text, got {', '.join(dict.fromkeys(odd[:3]))}: left out"
+    if is_list and len(items) > MAX_ITEMS:
+        yield f"cut to {MAX_ITEMS} of {len(items)} entries"

@@ -1,4 +1,4 @@
-"""Triggers that several checkpoints have: a trigger is unique only inside one checkpoint, so sharing one is flagged."""
+"""What several cards have in common and should not, or only with a word about it: a trigger, or an id in one catalogue."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ def shared_triggers(card: Card, owners: Mapping[str, list[str]]) -> tuple[str, .
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
     text = f"trigger shared with {', '.join(others[:3])}{more}: Check-in will tell them apart by their cards"
     return (text,) if others else ()
+
+
+def repeated_id(card_id: str, where: str, seen: dict[str, str]) -> tuple[str, ...]:
+    """Return a warning when a catalogue gave this id before; the last one holds. ``seen``: id -> where, kept up to date."""
+    before, seen[card_id] = seen.get(card_id), where
+    return (f"id {card_id!r} is listed twice: {where} replaces {before}",) if before else ()

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CardError, RepositoryError
-from ..weights.deltas import file_kind
-from ..weights.embeddings import is_embedding, named_tokens
+from ..weights.deltas.kinds import added_tokens, file_kind
+from ..weights.deltas.lora import PEFT_CONFIG
 from ..weights.header import Header, read_header
 from ..weights.models import REQUIRED, is_model
-from ..weights.pickles import PICKLES, pickle_refusal
+from ..weights.pickles import PICKLES, is_trainer_file, pickle_refusal
 from .card import MAX_CARD_BYTES, Card, read_card
+from .kinds import kind_note
 from .readme import Found, read_readme
 from .sidecars import json_object, read_sidecar, unwanted
+from .sources import embedding_beside, needed_pickles, training_states, twins_in
 
 _KEPT = frozenset({".safetensors", ".info", ".json", ".txt", ".md", ".model", ".png", ".jpg", ".jpeg", ".webp"})
 MAX_FILES = 5000
@@ -54,9 +56,9 @@ def read_source(path: Path, *, base: str = "", card_id: str = "", adult: bool = 
     provenance = {name: {"source": where, "confidence": sure} for name, (_, where, sure) in found.items()}
     given = fields.get("provenance")
     provenance |= given if isinstance(given, dict) else {}
-    if fields.get("kind") not in (None, kind):
-        warnings.append(f"card says {fields['kind']}, the weights are {kind}")
-    fields |= {"kind": kind, "provenance": provenance, "id": card_id or fields.get("id") or _plain_id(path)}
+    if "kind" in fields and (note := kind_note(fields["kind"], kind)):
+        warnings.append(note)
+    fields |= {"kind": kind, "provenance": provenance, "id": card_id or fields.get("id") or plain_id(path)}
     fields["base"] = base or fields.get("base") or ""
     card, notes = read_card(fields, where=str(path))
     return Source(path, card, tuple(files), headers, (*warnings, *notes))
@@ -78,11 +80,10 @@ def list_files(path: Path) -> tuple[list[tuple[str, Path]], list[str]]:
                 (f for f in (path.with_suffix(ending), Path(f"{path}{ending}")) if f.is_file()),
                 path.with_suffix(ending),
             )
-        shared = (
-            {"card.json": path.with_name("card.json"), "README.md": path.with_name("README.md")} if is_alone else {}
-        )
+        shared = {name: path.with_name(name) for name in ("card.json", "README.md", PEFT_CONFIG)} if is_alone else {}
         texts = {n: f for n, f in (*shared.items(), *beside.items()) if f.is_file()}
-        return [(path.name, path), *sorted(texts.items())], []
+        tokens = embedding_beside(path)
+        return [(path.name, path), *((file.name, file) for file in tokens), *sorted(texts.items())], []
     if not path.is_dir():
         raise RepositoryError(f"{path}: must be a checkpoint folder or file, got nothing there; check the path")
     return _list_folder(path)
@@ -90,12 +91,15 @@ def list_files(path: Path) -> tuple[list[tuple[str, Path]], list[str]]:
 
 def _list_folder(path: Path) -> tuple[list[tuple[str, Path]], list[str]]:
     files, pickles = [], []
+    twins, states = twins_in(path), training_states(path)
     for number, file in enumerate(_walk(path)):
         if number >= MAX_FILES:
             raise RepositoryError(
                 f"{path}: must hold at most {MAX_FILES} files, got more; add one checkpoint folder at a time"
             )
         name = file.relative_to(path).as_posix()
+        if name.split("/")[0] in states or file in twins:
+            continue
         if file.suffix in PICKLES:
             pickles.append(file)
         elif file.suffix.lower() in _KEPT and not any(part.startswith(".") for part in Path(name).parts):
@@ -107,7 +111,13 @@ def _list_folder(path: Path) -> tuple[list[tuple[str, Path]], list[str]]:
             f"{path}: must hold safetensors weights, got none; add a card without weights with --cards"
         )
     _check_shards(path, {name for name, _ in files})
-    return sorted(files), [f"left out {file.name}: a pickle" for file in pickles]
+    if needed := needed_pickles(path, [*pickles, *(file for _, file in files)]):
+        raise pickle_refusal(*needed)
+    return sorted(files), [
+        *(f"left out {file.name}: a pickle" for file in pickles if not is_trainer_file(file)),
+        *(f"left out {file.name}: the same LoRA in another spelling" for file in twins),
+        *(f"left out {name}/: training state" for name in states),
+    ]
 
 
 def _walk(path: Path) -> Iterator[Path]:
@@ -228,8 +238,7 @@ def _from_headers(headers: Mapping[str, Header], kind: str) -> Found:
 
 
 def _from_tokens(headers: Mapping[str, Header]) -> Found:
-    embeddings = [header.shapes for header in headers.values() if is_embedding(header.shapes)]
-    tokens = [token for shapes in embeddings for token in named_tokens(shapes)]
+    tokens = added_tokens({name: header.shapes for name, header in headers.items()})
     return {"trigger": (tokens[:8], "learned embedding key", 0.95)}
 
 
@@ -292,6 +301,7 @@ def _read_text(file: Path) -> str:
     return data.decode("utf-8", errors="replace")
 
 
-def _plain_id(path: Path) -> str:
+def plain_id(path: Path) -> str:
+    """The id that a file's or folder's name gives: letters, digits, dots and dashes."""
     name = path.stem if path.is_file() else path.resolve().name
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "checkpoint"

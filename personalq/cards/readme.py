@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from .triggers import without_syntax
+
 MAX_FRONT_BYTES = 64_000
 MAX_BODY_CHARS = 200_000
 Found = dict[str, tuple[Any, str, float]]
@@ -58,8 +60,11 @@ def split_front_matter(text: str) -> tuple[Mapping[str, Any], str]:
 
 
 def trigger_from_prompt(prompt: str) -> tuple[str, str]:
-    """Split an instance prompt into (trigger, class noun): 'a photo of sks dog' -> ('sks', 'dog')."""
-    phrase = _TEMPLATE.sub("", prompt.strip().strip("`*\"'., "), count=1).strip()
+    """Split an instance prompt into (trigger, class noun): 'a photo of sks dog' -> ('sks', 'dog').
+
+    A prompt of nothing but syntax ('<lora:x:1>') gives ('', '').
+    """
+    phrase = _TEMPLATE.sub("", without_syntax(prompt).strip("`*\"'., "), count=1).strip()
     words = phrase.split()
     if 2 <= len(words) <= 3 and _is_token(words[0]):
         return words[0], " ".join(words[1:])
@@ -77,7 +82,8 @@ def _from_front(front: Mapping[str, Any]) -> dict[str, Any]:
         found.setdefault("base", base)
     for prompt in _strings(front.get("instance_prompt")):
         trigger, noun = trigger_from_prompt(prompt)
-        found.setdefault("trigger", [trigger])
+        if trigger:
+            found.setdefault("trigger", [trigger])
         if noun:
             found.setdefault("class_noun", noun)
     if tags := _strings(front.get("tags")):

@@ -12,14 +12,11 @@ from collections.abc import Mapping
 from html.parser import HTMLParser
 from typing import Any
 
-from .card import KINDS, MAX_TEXT
+from .card import MAX_LINE, MAX_TEXT, clean_text
+from .kinds import civitai_kind
 from .readme import Found
+from .triggers import without_syntax
 
-KIND_OF = {
-    "lora": "lora", "locon": "lora", "dora": "lora", "lycoris": "lora",
-    "textualinversion": "textual_inversion", "embedding": "textual_inversion",
-    "checkpoint": "dreambooth",
-}  # fmt: skip
 _BLOCKS = frozenset({"p", "br", "div", "li", "ul", "ol", "h1", "h2", "h3", "h4", "tr", "td", "hr", "pre"})
 _TAGS = frozenset(
     re.findall(
@@ -30,6 +27,7 @@ _TAGS = frozenset(
     )
 )
 _LOOKS_LIKE_TAG = re.compile(r"<(?!!--)/?([^\s<>/]*)")
+_MAX_WORDS = 64 * MAX_LINE
 _HIDDEN = frozenset({"script", "style", "template", "head", "noscript"})
 
 
@@ -72,9 +70,14 @@ def _kept_if_tag(match: re.Match[str]) -> str:
 
 
 def trigger_groups(value: object) -> list[str]:
-    """Return groups of trigger words: a list of groups, or text with groups parted by '||'; loose commas go."""
-    items = value if isinstance(value, list) else value.split("||") if isinstance(value, str) else []
-    groups = (re.sub(r"\s*,\s*", ", ", item).strip(" ,") for item in items[:64] if isinstance(item, str))
+    """Return groups of trigger words: a list of groups, or text with groups parted by '||'; loose commas go.
+
+    What is prompt syntax and no word ('<lora:x:1>', the weight in '(sks dog:1.2)') goes too.
+    """
+    items = value if isinstance(value, list) else value[:_MAX_WORDS].split("||") if isinstance(value, str) else []
+    words = (item for item in items[:64] if isinstance(item, str | int) and not isinstance(item, bool))
+    texts = (clean_text(str(item), MAX_LINE) for item in words)
+    groups = (without_syntax(re.sub(r" ?, ?", ", ", text).strip(" ,")) for text in texts)
     return list(dict.fromkeys(group for group in groups if group))
 
 
@@ -97,7 +100,7 @@ def from_civitai_version(data: Mapping[str, Any], *, where: str) -> Found:
     ]
     prompts = [m.get("prompt") for image in images if isinstance(m := image.get("meta"), Mapping)]
     about = plain_text(model.get("description")) or plain_text(data.get("description"))
-    kind = KIND_OF.get(str(model.get("type", "")).lower().replace(" ", ""), "")
+    kind = civitai_kind(_text(model.get("type")))
     ids = (data.get("modelId"), data.get("id"))
     source = "civitai.com {}@{}".format(*ids) if all(isinstance(i, int) for i in ids) else ""
     return {
@@ -154,12 +157,6 @@ def json_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def known_kind(text: str) -> str:
-    """Return the kind that a word such as 'LoCon' or 'TextualInversion' stands for, or ''."""
-    plain = text.lower().replace("-", "_").replace(" ", "_")
-    return plain if plain in KINDS else KIND_OF.get(plain.replace("_", ""), "")
 
 
 def _text(value: object) -> str:

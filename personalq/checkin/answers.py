@@ -63,7 +63,7 @@ def named_card(answer: str, cards: Sequence[Card]) -> int | None:
 
 
 def answer_scores(evidence: Evidence, n_cards: int) -> Matrix:
-    """Return what an answer adds to the log-odds of every card (n_cards,); cards it does not reach get the least."""
+    """Return what an answer adds to the log-odds of every card (n_cards,); cards that it does not shortlist get the minimum."""
     score = sum(weight * evidence.features[:, NAMES.index(name)] for name, weight in _WEIGHTS.items())
     score = np.asarray(score + _TRIGGER * evidence.trigger, np.float32)
     total = np.full(n_cards, score.min(initial=0.0), np.float32)

@@ -48,7 +48,7 @@ class _Belief:
 
 
 class Checkin:
-    """Check-in over one repository, with its index in memory. Cheap to ask, made once."""
+    """Check-in over one repository, with its index open. Expensive to create, cheap to ask."""
 
     def __init__(self, repository: Repository, *, encoder: Encoder | None = None, model: Model | None = None) -> None:
         self._encoder = encoder or shared_encoder()
@@ -168,7 +168,7 @@ class Checkin:
 
 
 class _Honest(Sequence[Card]):
-    """The cards as they are scored: stuffed ones without the text that is stuffed."""
+    """The cards as they are scored: without text that is stuffed with keywords."""
 
     def __init__(self, cards: Sequence[Card], index: Index) -> None:
         self._cards, self._stuffed = cards, index.stuffed
@@ -190,7 +190,7 @@ class _Honest(Sequence[Card]):
 def open_index(repository: Repository, encoder: Encoder) -> tuple[Index, Sequence[Card]]:
     """Return the repository's index and its cards: from disk when they are up to date, else built.
 
-    What is built is kept when the folder allows; a folder that cannot be written is asked from memory.
+    A new index is saved if the folder is writable; otherwise it is used from memory.
     """
     folder, digest = repository.root / "index", repository.digest()
     for _ in range(2):

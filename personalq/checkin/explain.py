@@ -1,4 +1,4 @@
-"""Say why: which words a card accounts for, and the question that tells rivals apart in human words."""
+"""Explain a decision: which words a card accounts for, and the question that tells rivals apart in plain words."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .folder import SHIPPED as SHIPPED
-    from .folder import AddResult as AddResult
     from .folder import Repository as Repository
+    from .results import AddResult as AddResult
 
 __all__ = ["SHIPPED", "AddResult", "Repository"]
 

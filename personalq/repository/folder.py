@@ -10,80 +10,34 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
-from ..cards.card import Card, dump_card, folder_name, id_from_folder, parse_card
-from ..cards.catalogues import read_rows
+from ..cards.added_tokens import split_words, with_tokens
+from ..cards.card import Card, dump_card, folder_name, id_from_folder
+from ..cards.catalogues import read_cards
 from ..cards.collisions import owners_of, shared_triggers
-from ..cards.importers import Source, check_pipeline, list_files, read_source
+from ..cards.importers import Source, check_pipeline, list_files, plain_id, read_source
+from ..cards.sources import checkpoints_in
 from ..errors import CardError, PersonalQError, RepositoryError
 from ..weights.checkpoint import check_fit
+from ..weights.deltas.kinds import added_tokens
 from ..weights.header import read_header
+from ..weights.models import read_vocabulary
 from . import audit
 from .atomic import atomic_directory, named_failure, remove, temporary_beside, write_atomic
 from .intake import copy_files, place_files
 from .listing import card_at, listed_cards
+from .new_base import write_base
+from .results import Added, AddedBase, AddResult, Entry, Refused, Report, silent
+from .settings import read_settings
 from .sharing import forget_dangling
 
 SHIPPED = Path(__file__).resolve().parents[2] / "gallery" / "repository"
 CARDS = "cards.jsonl"
 RECORD = "added.json"
-
-
-@dataclass(frozen=True)
-class Added:
-    """One checkpoint that ``add`` took in."""
-
-    id: str
-    kind: str
-    base: str
-    trigger: tuple[str, ...]
-    class_noun: str
-    warnings: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {**self.__dict__, "trigger": list(self.trigger), "warnings": list(self.warnings)}
-
-
-@dataclass(frozen=True)
-class Refused:
-    """One source that ``add`` did not take, and why."""
-
-    source: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class AddResult:
-    """What ``add`` did: every source is in one of the two lists."""
-
-    added: tuple[Added, ...] = ()
-    refused: tuple[Refused, ...] = ()
-
-    def __add__(self, other: AddResult) -> AddResult:
-        return AddResult(self.added + other.added, self.refused + other.refused)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {"added": [a.to_json() for a in self.added], "refused": [r.__dict__ for r in self.refused]}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of ``ls``: the card's main fields, whether there are weights, and its bundles by key."""
-
-    card: Card
-    has_weights: bool
-    bundles: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        main = self.card.model_dump(mode="json", include={"id", "kind", "base", "trigger", "class_noun"})
-        return {**main, "has_weights": self.has_weights, "bundles": list(self.bundles)}
 
 
 class Repository:
@@ -216,24 +170,45 @@ class Repository:
         """Take in one checkpoint folder or file; a source that cannot be taken is in ``refused`` with one line."""
         try:
             read = read_source(source, base=base, card_id=card_id, adult=adult)
-            warnings = read.warnings + self._fit_warnings(read) + shared_triggers(read.card, owners_of(self.cards()))
+            read, notes = self._fitted(read)
+            warnings = read.warnings + notes + shared_triggers(read.card, owners_of(self.cards()))
             self._publish(read, replace=replace)
         except (PersonalQError, OSError) as error:
             return AddResult(refused=(Refused(str(source), _one_line(error)),))
         return AddResult(added=(_added(read.card, warnings),))
 
-    def add_base(self, source: Path, *, base_id: str = "") -> str:
-        """Take in a base pipeline (a whole diffusers folder) as bases/<id>; return its id. Raises RepositoryError."""
-        files, _ = list_files(source)
+    def add_all(self, source: Path, report: Report = silent, **options: Any) -> AddResult:
+        """Take in every checkpoint that a file or folder holds, see ``add``; report(text, fraction) as it goes on."""
+        result = AddResult()
+        try:
+            parts = checkpoints_in(source)
+        except OSError as error:
+            return AddResult(refused=(Refused(str(source), _one_line(error)),))
+        if options.get("card_id") and len(parts) > 1:
+            reason = f"{source}: must be one checkpoint to take an id, got {len(parts)}; add them without --id"
+            return AddResult(refused=(Refused(str(source), reason),))
+        for number, part in enumerate(parts):
+            report(f"adding {part.name}", number / len(parts))
+            result += self.add(part, **options)
+        return result
+
+    def add_base(self, source: Path, *, base_id: str = "") -> AddedBase:
+        """Take in a base pipeline, a diffusers folder or one file, as bases/<id>. Raises RepositoryError."""
+        files, warnings = list_files(source)
+        if source.is_file():
+            name = base_id or plain_id(source)
+            with atomic_directory(self._base_folder(name)) as folder:
+                return AddedBase(name, write_base(source, folder))
         name = base_id or source.resolve().name
         if not (source / "model_index.json").is_file():
             raise RepositoryError(
                 f"{source}: must be a diffusers pipeline folder, got no model_index.json; a delta is added without add_base"
             )
         check_pipeline(source, [name for name, file in files if name.endswith(".safetensors") and read_header(file)])
+        read_settings(source)
         with atomic_directory(self._base_folder(name)) as folder:
             copy_files(files, folder)
-        return name
+        return AddedBase(name, tuple(warnings))
 
     def add_cards(self, file: Path, *, adult: bool = False) -> AddResult:
         """Take in a file of cards without weights, all in one atomic rewrite; bad entries are refused one by one.
@@ -242,16 +217,14 @@ class Repository:
         """
         cards: dict[str, tuple[Card, tuple[str, ...]]] = {}
         refused = []
-        for row in read_rows(file, adult=adult):
-            if isinstance(row, CardError):
-                refused.append(Refused(str(row).split(": ")[0], _one_line(row)))
-                continue
+        for one in read_cards(file, adult=adult):
             try:
-                card, warnings = parse_card(row.text, where=row.where)
-                self._refuse_weighted(card.id, row.where)
-                cards[card.id] = (card, warnings)
+                if isinstance(one, CardError):
+                    raise one
+                self._refuse_weighted(one.card.id, one.where)
+                cards[one.card.id] = (one.card, one.warnings)
             except PersonalQError as error:
-                refused.append(Refused(row.where, _one_line(error)))
+                refused.append(Refused(str(error).split(": ")[0], _one_line(error)))
         kept = {card.id: card for card in self._listed_cards()} | {card.id: card for card, _ in cards.values()}
         if cards:
             self._write_list(kept.values())
@@ -304,17 +277,24 @@ class Repository:
                 f"{where}: id {card_id!r} must be free, got a checkpoint with weights; remove it first with 'personalq rm'"
             )
 
-    def _fit_warnings(self, read: Source) -> tuple[str, ...]:
-        card = read.card
-        if not card.base:
-            is_complete = any(name.startswith("vae/") for name, _ in read.files)
-            return () if is_complete else ("no base on the card: name it with --base before it is exported",)
-        base = self._base_folder(card.base)
-        if not base.is_dir():
-            return (f"base {card.base!r} is not in this repository: listed, not exportable until it is added",)
+    def _fitted(self, read: Source) -> tuple[Source, tuple[str, ...]]:
+        """The source with the triggers that its files add, and warnings; refused when its base cannot take it."""
         beside = [file for name, file in read.files if name.endswith(".safetensors") and "/" not in name]
-        check_fit(base, read.path, beside, card.kind)
-        return ()
+        base = self._base_folder(read.card.base) if read.card.base else None
+        notes: tuple[str, ...] = ()
+        vocabulary: frozenset[str] = frozenset()
+        added: Sequence[str] = added_tokens({name: header.shapes for name, header in read.headers.items()})
+        if base is not None and base.is_dir():
+            read_settings(base, read.path)
+            added = [token for token, _ in check_fit(base, read.path, beside, read.card.kind).added_tokens]
+            vocabulary = read_vocabulary(read.path) or read_vocabulary(base)
+            notes = split_words(read.card, added, vocabulary)
+        elif read.card.base:
+            notes = (f"base {read.card.base!r} is not in this repository: listed, not exportable until it is added",)
+        elif not any(name.startswith("vae/") for name, _ in read.files):
+            notes = ("no base on the card: name it with --base before it is exported",)
+        card, said = with_tokens(read.card, added, vocabulary)
+        return replace_fields(read, card=card), (*notes, *said)
 
     def _publish(self, read: Source, *, replace: bool) -> None:
         folder = self._folder(read.card.id)

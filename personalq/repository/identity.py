@@ -1,11 +1,9 @@
-"""What a checkpoint is, as hashes of its weights and of its settings. Paths never enter."""
+"""What a checkpoint's weights are, as a hash. Paths never enter."""
 
 import hashlib
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from ..bundle import HASHED_AT_ONCE, file_sha256
 
@@ -36,19 +34,3 @@ def _file_digest(file: Path) -> str:
     if time.time() - stat.st_mtime > _STILL_S:  # a change within one tick of the file system's clock would not show
         _DIGESTS[key] = digest
     return digest
-
-
-def settings_sha256(base_dir: Path, told: dict[str, Any]) -> str:
-    """sha256 over what pictures depend on besides weights and graphs: `told` (JSON), and the base's tokenizers, scheduler and
-    recommendations as they lie there."""
-    named = ("model_index.json", "personalq.json", "scheduler/scheduler_config.json")
-    files = [*(base_dir / name for name in named), *sorted(base_dir.glob("tokenizer*/*"))]
-    lines = [f"{file.relative_to(base_dir).as_posix()}:{file_sha256(file)}\n" for file in files if file.is_file()]
-    return hashlib.sha256("".join([json.dumps(told, sort_keys=True), *lines]).encode()).hexdigest()
-
-
-def sampling_defaults(base_dir: Path) -> dict[str, Any]:
-    """Steps and guidance the base recommends (`personalq.json` in its folder), else Stable Diffusion's usual ones."""
-    file = base_dir / "personalq.json"
-    wanted = json.loads(file.read_text()) if file.is_file() else {}
-    return {"steps": int(wanted.get("steps", 25)), "guidance": float(wanted.get("guidance", 7.5))}

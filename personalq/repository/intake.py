@@ -11,7 +11,7 @@ from ..cards.importers import Source
 from ..errors import RepositoryError
 from ..weights.checkpoint import shapes_of
 from ..weights.models import read_models
-from ..weights.original import is_original, read_original, unpack
+from ..weights.one_file.original import is_original, read_original, unpack
 from ..weights.tensorfile import TensorFile
 from . import audit
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RepositoryError
-from .deltas import delta_of, file_kind
-from .edits import ANOTHER_BASE, Delta, Edit
-from .embeddings import TOKEN_EMBEDDING
-from .models import COMPONENTS, REQUIRED, Model, Stored, read_models, read_vocabulary
-from .original import read_original
+from .deltas.edits import ANOTHER_BASE, Delta, Edit
+from .deltas.kinds import delta_of, file_kind
+from .deltas.lora import adapter_paths, is_adapter
+from .models import COMPONENTS, REQUIRED, TOKEN_EMBEDDING, Model, Stored, read_models, read_vocabulary
+from .one_file.original import read_original
 from .pickles import refuse_pickles
 from .tensorfile import Array, TensorFile
 
@@ -91,12 +91,12 @@ def open_weights(base_dir: Path, checkpoint_dir: Path | None, kind: str) -> Chec
     return _over(base_dir, base, checkpoint_dir, paths, kind)
 
 
-def check_fit(base_dir: Path, source: Path, paths: Sequence[Path], kind: str) -> None:
-    """Raise RepositoryError unless `open_weights` would take this checkpoint over this base; only headers are read.
+def check_fit(base_dir: Path, source: Path, paths: Sequence[Path], kind: str) -> CheckpointWeights:
+    """What `open_weights` will give for this checkpoint over this base; only headers are read. Raises RepositoryError.
 
     paths: the safetensors files that will lie side by side in the checkpoint's folder.
     """
-    _over(base_dir, read_models(base_dir), source, paths, kind)
+    return _over(base_dir, read_models(base_dir), source, paths, kind)
 
 
 def _over(
@@ -108,9 +108,11 @@ def _over(
         whole = _whole(source, files, base)
         _check_whole(source, base, whole)
         return _checkpoint(base_dir, base, whole, source, Delta())
+    files += [TensorFile(path) for path in adapter_paths(source)]
     _check_kinds(source, files, kind)
     _check_required(base_dir, base)
-    return _checkpoint(base_dir, base, {}, base_dir, delta_of(files, shapes_of(base), read_vocabulary(base_dir)))
+    vocabulary = read_vocabulary(source) or read_vocabulary(base_dir)
+    return _checkpoint(base_dir, base, {}, source, delta_of(files, shapes_of(base), vocabulary))
 
 
 def _checkpoint(
@@ -133,6 +135,11 @@ def _checkpoint(
     }
     rows = models["text_encoder"].shapes().get(TOKEN_EMBEDDING, (0,))[0]
     first = len(read_vocabulary(tokenizer_dir) or read_vocabulary(base_dir)) or rows
+    if first > rows:
+        raise RepositoryError(
+            f"{tokenizer_dir}/tokenizer: must have at most the {rows} tokens of the text encoder, got {first}; "
+            "add it with the text encoder that it was saved with"
+        )
     return CheckpointWeights(components, delta.added_tokens, first)
 
 
@@ -187,6 +194,8 @@ def _check_kinds(source: Path, files: Sequence[TensorFile], kind: str) -> None:
         found = [f"{file.path.name} ({kind})" for file, kind in zip(files, kinds, strict=True)]
         got = ", ".join(found[:3]) or "no safetensors file"
         raise RepositoryError(f"{source}: must hold {kind} weights as safetensors, got {got}; add the checkpoint again")
+    beside = [kind for file, kind in zip(files, kinds, strict=True) if not is_adapter(file.path)]
+    kinds = beside if len(beside) == len(files) else [*beside, "lora"]  # peft's files are one LoRA
     for single in ("lora", "custom_diffusion"):
         if kinds.count(single) > 1:
             raise RepositoryError(

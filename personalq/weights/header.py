@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RepositoryError
+from .pickles import misnamed
 
 MAX_HEADER_BYTES = 100_000_000
 _BITS = {
@@ -54,7 +55,7 @@ def read_header(path: Path) -> Header:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise _refusal(path, f"a file of {size} bytes whose header claims {length}")
+                raise misnamed(path) or _refusal(path, f"a file of {size} bytes whose header claims {length}")
             text = file.read(length)
     except OSError as error:
         raise RepositoryError(f"{path}: must be a readable file, got '{error.strerror}'; check the path") from error

@@ -14,6 +14,7 @@ from .tensorfile import Array, TensorFile
 SECOND_ENCODER = "text_encoder_2"
 REQUIRED = ("unet", "text_encoder", "vae")
 COMPONENTS = ("unet", "text_encoder", SECOND_ENCODER, "vae")
+TOKEN_EMBEDDING = "embeddings.token_embedding.weight"  # of a text encoder
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}  # a text encoder's is 'model'
 _STEMS = ("diffusion_pytorch_model", "model")
 _VARIANTS = ("", ".fp16", ".bf16", ".non_ema")
@@ -128,17 +129,21 @@ def _parameter(component: str, key: str) -> str:
 
 def read_vocabulary(base_dir: Path) -> frozenset[str]:
     """Every entry of the tokenizer, added tokens included; empty when the folder has no tokenizer."""
-    folder = base_dir / "tokenizer"
-    entries: set[str] = set()
+    return frozenset(read_token_ids(base_dir / "tokenizer"))
+
+
+def read_token_ids(folder: Path, name: str = "tokenizer.json") -> dict[str, int]:
+    """token -> id of a tokenizer's folder, added tokens included; empty when it has no tokenizer. name: of its one file."""
+    ids: dict[str, int] = {}
     try:
-        if (file := folder / "tokenizer.json").is_file():
+        if (file := folder / name).is_file():
             content = json.loads(file.read_text(encoding="utf-8"))
-            entries |= content["model"]["vocab"].keys()
-            entries |= {token["content"] for token in content.get("added_tokens", [])}
+            ids |= content["model"]["vocab"]
+            ids |= {token["content"]: token["id"] for token in content.get("added_tokens", [])}
         else:
-            for name in ("vocab.json", "added_tokens.json"):
-                if (file := folder / name).is_file():
-                    entries |= json.loads(file.read_text(encoding="utf-8")).keys()
+            for part in ("vocab.json", "added_tokens.json"):
+                if (file := folder / part).is_file():
+                    ids |= json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RepositoryError(f"{file}: must be a tokenizer file, got {str(error)[:60]}; add the base again") from error
-    return frozenset(entries)
+    return ids

@@ -26,6 +26,7 @@ class Generated:
     checkpoint: str
     prompt: str
     image: str
+    sampler: str
     engine: str
     fallback_reason: str
     seconds: float
@@ -77,6 +78,7 @@ def generate(
         checkpoint=checkpoint_id,
         prompt=prompt,
         image=str(out),
+        sampler=order.settings.sampler or pipeline.schedule.sampler,
         engine=found.engine_name,
         fallback_reason=found.fallback_reason,
         seconds=round(seconds, 3),
@@ -85,7 +87,7 @@ def generate(
     )
 
 
-def order_of(*, checkpoint: str, target: str, seed: int, steps: int | None, sampler: str) -> Order:
+def order_of(*, checkpoint: str, target: str, seed: int, steps: int | None, sampler: str | None) -> Order:
     """The order that the options of `personalq generate` make."""
     return Order(checkpoint, target, seed, settings=Settings(steps=steps, sampler=sampler))
 

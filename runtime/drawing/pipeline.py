@@ -24,13 +24,13 @@ from .schedule import schedule_from_config
 
 @dataclass(frozen=True)
 class Settings:
-    """How to draw; pictures of one batch share it. None: what the bundle recommends."""
+    """How to draw; pictures of one batch share it. None: what the bundle recommends; of samplers, the base's own."""
 
     steps: int | None = None
     guidance: float | None = None
     width: int | None = None
     height: int | None = None
-    sampler: str = "ddim"
+    sampler: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def start_noise(seed: int, shape: tuple[int, ...]) -> Array:
 
 
 class Pipeline:
-    """Draws pictures with one engine. Keeps the rows of the last prompts, and those of the empty prompt, computed."""
+    """Draws pictures with one engine. Caches the rows of the last prompts, and those of the empty prompt."""
 
     def __init__(self, engine: Engine, *, cached_prompts: int = 16) -> None:
         self.engine = engine
@@ -83,7 +83,7 @@ class Pipeline:
 
         Raises PromptError when one cannot be drawn.
         """
-        asked = {"prompt": picture.prompt, "negative prompt": picture.negative_prompt}
+        asked = {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt}
         return tuple(f"{name}: {text}" for name, prompt in asked.items() for text in self.prompts.read(prompt).warnings)
 
     def embed(self, texts: Sequence[str]) -> TextEmbeds:
@@ -105,16 +105,15 @@ class Pipeline:
         rounding may): those with longer prompts run beside it, not with it.
         """
         settings = settings or Settings()
-        sampler = sampler_named(settings.sampler)
-        plan = plan_steps(
-            settings.sampler, self.schedule, self.manifest.steps if settings.steps is None else settings.steps
-        )
+        name = self.schedule.sampler if settings.sampler is None else settings.sampler
+        sampler = sampler_named(name)
+        plan = plan_steps(name, self.schedule, self.manifest.steps if settings.steps is None else settings.steps)
         guidance = _checked_guidance(self.manifest.guidance if settings.guidance is None else settings.guidance)
         shape = self._latent_shape(settings.width, settings.height)
         noises = [_Noise(picture, shape) for picture in pictures]
         halves = [half for picture in pictures for half in self._halves(picture, is_guided=guidance != 1.0)]
         clip = self.schedule.clip if sampler.clips else math.inf
-        return self._loop(_Run(settings.sampler, plan, guidance, clip), halves, noises)
+        return self._loop(_Run(name, plan, guidance, clip), halves, noises)
 
     def _halves(self, picture: Picture, *, is_guided: bool) -> list[PromptRows]:
         """The rows of a picture's prompts, negative one first, equally many."""
@@ -173,9 +172,16 @@ class Pipeline:
         sides = {"height": (height, latent.height), "width": (width, latent.width)}
         for name, (asked, _) in sides.items():
             if asked is not None and (asked <= 0 or asked % latent.scale):
-                raise EngineError(f"{name}: must be a multiple of {latent.scale}, got {asked}; choose another size")
+                nearest = nearest_sides(asked, latent.scale)
+                raise EngineError(f"{name}: must be a multiple of {latent.scale}, got {asked}; nearest: {nearest}")
         h, w = (default if asked is None else asked // latent.scale for asked, default in sides.values())
         return (latent.channels, h, w)
+
+
+def nearest_sides(asked: int, scale: int) -> str:
+    """The sides in pixels next to one that does not fit: '512 or 520'."""
+    below = asked // scale * scale
+    return " or ".join(str(side) for side in (below, below + scale) if side > 0) or str(scale)
 
 
 def guide(predictions: Array, n: int, guidance: float) -> Array:
@@ -197,7 +203,7 @@ def to_uint8(image: Array) -> Image:
 
 @dataclass(frozen=True)
 class _Run:
-    """One batch's decisions, made before its first step."""
+    """The decisions for one batch, made before its first step."""
 
     sampler: str
     plan: Plan

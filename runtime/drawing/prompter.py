@@ -194,4 +194,4 @@ def _is_in(chunks: Chunks, sequence: Sequence[int]) -> bool:
 
 def _told_cut(chunks: Chunks) -> str:
     words = "1 word is" if chunks.n_cut == 1 else f"{chunks.n_cut} words are"
-    return f"only {chunks.ids.size} tokens fit; {words} cut, from {chunks.cut.split()[0]!r} on: {chunks.cut!r}"
+    return f"only {chunks.ids.size} tokens fit; {words} cut, from {chunks.lost!r} on; shorten it"

@@ -6,7 +6,8 @@ Everything is written for x = alpha * x_0 + sigma * eps with alpha^2 + sigma^2 =
     x' = alpha' * x_0 + sigma' * eps        DDIM (Song et al., ICLR'21), eq. 12, eta = 0; Euler is DDIM at its own times
 
 Euler ancestral: Karras et al., NeurIPS'22, with noise put back as in k-diffusion. DPM-Solver++ 2M: Lu et al., 2022,
-algorithm 2 (multistep). LCM: Luo et al., 2023, with the boundary scaling of consistency models.
+algorithm 2 (multistep). PNDM: Liu et al., ICLR'22, as PLMS: multistep from the start, the second step taken twice.
+LCM: Luo et al., 2023, with the boundary scaling of consistency models.
 """
 
 import math
@@ -27,6 +28,8 @@ _TINY_ALPHA_BAR = 2.0**-24
 _RHO = 7.0  # Karras et al., eq. 5
 _SIGMA_DATA = 0.5  # consistency models' boundary condition
 _FEW_STEPS = 15  # DPM-Solver++ ends with a first-order step below this many
+# Adams-Bashforth's weights by how many outputs there are, the newest first (PNDM, eq. 12).
+_ADAMS = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,12 @@ class Plan:
 
 @dataclass
 class Trail:
-    """What a multistep sampler remembers of one run: the x_0 of the step before."""
+    """What a multistep sampler remembers of one run: the x_0 of the step before; what the model said in the last four, and x
+    before the first."""
 
-    x_0: Array | None = field(default=None)
+    x_0: Array | None = None
+    outputs: list[Array] = field(default_factory=list)
+    start: Array | None = None
 
 
 # (plan, step number, x, (x_0, eps), standard normal noise shaped like x, trail) -> x at the next level.
@@ -61,7 +67,7 @@ StepRule = Callable[[Schedule, Plan, int, Array, tuple[Array, Array], Array, Tra
 
 @dataclass(frozen=True)
 class Sampler:
-    """A named way to denoise. is_noisy: its steps draw noise. clips: it obeys the base's clip_sample."""
+    """A named way to denoise. is_noisy: its steps draw noise. clips: it honours the base's clip_sample."""
 
     plan: Callable[[Schedule, int], Plan]
     step: StepRule
@@ -139,6 +145,27 @@ def _multistep_step(
     return _mix(plan.next_alpha[i], x_0, plan.next_sigma[i], eps)
 
 
+def _pndm_step(
+    schedule: Schedule, plan: Plan, i: int, x: Array, said: tuple[Array, Array], noise: Array, trail: Trail
+) -> Array:
+    """DIM with a mean of the last outputs, which are eps or v as the model says them. Step 1 starts again where step 0 did."""
+    is_v, (a, b) = schedule.prediction_type == "v_prediction", (plan.alpha[i], plan.sigma[i])
+    output = _mix(a, said[1], -b, said[0]) if is_v else said[1]
+    if i == 1:
+        assert trail.start is not None
+        mean, x = _mix(0.5, output, 0.5, trail.outputs[0]), trail.start
+        bar = schedule.alphas_cumprod[int(plan.times[1]) + schedule.n_train // (len(plan) - 1)]
+        a, b = math.sqrt(bar), math.sqrt(1 - bar)
+    else:
+        trail.start = x if i == 0 else trail.start
+        trail.outputs = [output, *trail.outputs[:3]]
+        mean = np.tensordot(np.asarray(_ADAMS[len(trail.outputs)], np.float32), np.stack(trail.outputs), axes=1)
+    if is_v:
+        return _mix(plan.next_alpha[i], _mix(a, x, -b, mean), plan.next_sigma[i], _mix(a, mean, b, x))
+    grow = plan.next_alpha[i] / a
+    return _mix(grow, x, plan.next_sigma[i] - grow * b, mean)
+
+
 def _lcm_step(
     schedule: Schedule, plan: Plan, i: int, x: Array, said: tuple[Array, Array], noise: Array, trail: Trail
 ) -> Array:
@@ -168,6 +195,16 @@ def _ddim_plan(schedule: Schedule, n_steps: int) -> Plan:
     return Plan(times.astype(np.float64), *_levels(inside), *_levels(after))
 
 
+def _pndm_plan(schedule: Schedule, n_steps: int) -> Plan:
+    """DDIM's plan; the second time is asked twice, first to mend the step to it."""
+    plan = _ddim_plan(schedule, n_steps)
+    if n_steps == 1:
+        return plan
+    again = np.insert(np.arange(n_steps), 1, 1)
+    alpha, sigma = (np.insert(plan.next_alpha, 1, plan.alpha[1]), np.insert(plan.next_sigma, 1, plan.sigma[1]))
+    return Plan(plan.times[again], plan.alpha[again], plan.sigma[again], alpha, sigma)
+
+
 def _lcm_plan(schedule: Schedule, n_steps: int) -> Plan:
     """n_steps of the times that the LCM was distilled with."""
     origin = np.arange(1, schedule.lcm_steps + 1) * (schedule.n_train // schedule.lcm_steps) - 1
@@ -187,7 +224,7 @@ def _euler_plan(schedule: Schedule, n_steps: int) -> Plan:
 
 
 def _dpm_plan(schedule: Schedule, n_steps: int) -> Plan:
-    """One time step more than asked is spaced, and the cleanest one left out (trailing: as asked)."""
+    """One more time step than asked for is spaced, and the cleanest one dropped (trailing: exactly as many as asked for)."""
     last = schedule.n_train
     if schedule.spacing == "linspace":
         times: Levels = np.linspace(0, last - 1, n_steps + 1).round()[::-1][:-1]
@@ -257,5 +294,6 @@ SAMPLERS: dict[str, Sampler] = {
     "euler_a": Sampler(_euler_plan, _ancestral_step, is_noisy=True),
     "dpmpp_2m": Sampler(_dpm_plan, _multistep_step),
     "dpmpp_2m_karras": Sampler(_dpm_karras_plan, _multistep_step),
+    "pndm": Sampler(_pndm_plan, _pndm_step),
     "lcm": Sampler(_lcm_plan, _lcm_step, is_noisy=True, clips=True),
 }

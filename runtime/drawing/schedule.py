@@ -1,4 +1,4 @@
-"""The noise schedule of a base, read from its own scheduler_config.json. Pure functions; the samplers are in samplers.
+"""The noise schedule of a base, made of its scheduler's settings. Pure functions; the samplers are in samplers.
 
 Zero terminal SNR after Common Diffusion Noise Schedules and Sample Steps Are Flawed (Lin et al., WACV'24), algorithm 1.
 """
@@ -11,34 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from personalq.errors import EngineError
+from personalq.errors import EngineError, RepositoryError
+from personalq.scheduler import sampler_of, settings_of
 
 Array = npt.NDArray[np.float32]
-
-_LINEAR = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "timestep_spacing": "leading"}
-_SAMPLER = {**_LINEAR, "timestep_spacing": "linspace"}
-_KARRAS = {**_SAMPLER, "beta_start": 0.00085, "beta_end": 0.012}
-
-# What each scheduler class assumes when its config does not say. Only DDIM (and DDPM) clip the predicted image: in
-# latent space that is rarely wanted, so a config of another class that does not mention it does not get it.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "DDIMScheduler": {**_LINEAR, "clip_sample": True},
-    "DDPMScheduler": {**_LINEAR, "clip_sample": True},
-    "PNDMScheduler": {**_LINEAR, "set_alpha_to_one": False},
-    "LMSDiscreteScheduler": _SAMPLER,
-    "EulerDiscreteScheduler": _SAMPLER,
-    "EulerAncestralDiscreteScheduler": _SAMPLER,
-    "DPMSolverMultistepScheduler": _SAMPLER,
-    "DPMSolverSinglestepScheduler": _SAMPLER,
-    "DEISMultistepScheduler": _SAMPLER,
-    "UniPCMultistepScheduler": _SAMPLER,
-    "HeunDiscreteScheduler": _KARRAS,
-    "KDPM2DiscreteScheduler": _KARRAS,
-    "KDPM2AncestralDiscreteScheduler": _KARRAS,
-    "LCMScheduler": {**_KARRAS, "beta_schedule": "scaled_linear", "timestep_spacing": "leading"},
-}
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-SPACINGS = ("leading", "trailing", "linspace")
 
 
 @dataclass(frozen=True)
@@ -46,7 +22,8 @@ class Schedule:
     """The noise schedule of a base. alphas_cumprod: (T,) float64 holding float32 values, as the model was trained with.
 
     final_alpha: alpha_bar after DDIM's last step. clip: largest magnitude of the predicted image, inf = not clipped.
-    lcm_steps, lcm_scaling: the steps that an LCM was distilled with, and how its boundary scales time.
+    sampler: the one that draws as the base's own scheduler, else ddim. lcm_steps, lcm_scaling: the steps that an LCM was
+    distilled with, and how its boundary scales time.
     """
 
     alphas_cumprod: npt.NDArray[np.float64]
@@ -55,6 +32,7 @@ class Schedule:
     spacing: str
     steps_offset: int
     clip: float
+    sampler: str = "ddim"
     lcm_steps: int = 50
     lcm_scaling: float = 10.0
 
@@ -65,27 +43,20 @@ class Schedule:
 
 def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
     """Read a diffusers scheduler_config. Raises EngineError naming the field that cannot be obeyed."""
-    name = config.get("_class_name")
-    if name not in DEFAULTS:
-        raise EngineError(
-            f"scheduler: _class_name: must be one of {', '.join(DEFAULTS)}, got {name!r}; use another base"
-        )
-    settings = {"set_alpha_to_one": True, "clip_sample": False, **DEFAULTS[name], **config}
-    if settings.get("thresholding"):
-        raise EngineError(
-            "scheduler: thresholding: must be off, got on: it is meant for pixels, not latents; set false"
-        )
-    prediction_type = str(_one_of(settings.get("prediction_type", "epsilon"), "prediction_type", PREDICTION_TYPES))
-    spacing = str(_one_of(settings["timestep_spacing"], "timestep_spacing", SPACINGS))
+    try:
+        settings = settings_of(config)
+    except RepositoryError as error:
+        raise EngineError(str(error)) from error
     alphas_cumprod = _alphas_cumprod(settings)
     return Schedule(
         alphas_cumprod=alphas_cumprod,
         final_alpha=1.0 if settings["set_alpha_to_one"] else float(alphas_cumprod[0]),
-        prediction_type=prediction_type,
-        spacing=spacing,
-        steps_offset=int(settings.get("steps_offset", 0)),
-        clip=float(settings.get("clip_sample_range", 1.0)) if settings["clip_sample"] else math.inf,
-        lcm_steps=int(settings.get("original_inference_steps", 50)),
+        prediction_type=settings["prediction_type"],
+        spacing=settings["timestep_spacing"],
+        steps_offset=settings["steps_offset"],
+        clip=float(settings["clip_sample_range"]) if settings["clip_sample"] else math.inf,
+        sampler=sampler_of(settings)[0],
+        lcm_steps=settings.get("original_inference_steps", 50),
         lcm_scaling=float(settings.get("timestep_scaling", 10.0)),
     )
 
@@ -93,18 +64,17 @@ def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
 def _alphas_cumprod(settings: Mapping[str, Any]) -> npt.NDArray[np.float64]:
     """(T,) alpha_bar. Rounded to float32 where torch rounds it: the model was trained with those numbers."""
     betas = _betas(settings)
-    alphas = np.float32(1) - (_zero_terminal_snr(betas) if settings.get("rescale_betas_zero_snr") else betas)
+    alphas = np.float32(1) - (_zero_terminal_snr(betas) if settings["rescale_betas_zero_snr"] else betas)
     return np.cumprod(alphas, dtype=np.float64).astype(np.float32).astype(np.float64)
 
 
 def _betas(settings: Mapping[str, Any]) -> Array:
-    if settings.get("trained_betas") is not None:
+    if settings["trained_betas"] is not None:
         return np.asarray(settings["trained_betas"], dtype=np.float32)
-    n, start, end = int(settings.get("num_train_timesteps", 1000)), settings["beta_start"], settings["beta_end"]
-    kind = _one_of(settings["beta_schedule"], "beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"))
-    if kind == "linear":
+    n, start, end = settings["num_train_timesteps"], settings["beta_start"], settings["beta_end"]
+    if settings["beta_schedule"] == "linear":
         return np.linspace(start, end, n).astype(np.float32)
-    if kind == "scaled_linear":
+    if settings["beta_schedule"] == "scaled_linear":
         return np.asarray(np.linspace(start**0.5, end**0.5, n).astype(np.float32) ** 2)
     bar = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
     return np.asarray([min(1 - bar[i + 1] / bar[i], 0.999) for i in range(n)], dtype=np.float32)
@@ -116,9 +86,3 @@ def _zero_terminal_snr(betas: Array) -> Array:
     first, last = root[0], root[-1]
     bar = ((root - last) * (first / (first - last))) ** 2
     return np.asarray(np.float32(1) - np.concatenate([bar[:1], bar[1:] / bar[:-1]]), dtype=np.float32)
-
-
-def _one_of(value: Any, field: str, allowed: tuple[str, ...]) -> Any:
-    if value not in allowed:
-        raise EngineError(f"scheduler: {field}: must be one of {', '.join(allowed)}, got {value!r}; use another base")
-    return value

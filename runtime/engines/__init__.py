@@ -1,1 +1,1 @@
-"""Engines: the protocol, one file per target, and what keeps them quick to open and small."""
+"""Engines: the protocol, one module per target, and what makes them open fast and stay small."""

@@ -60,7 +60,7 @@ def compute_capability(device: int = 0) -> str:
 
 
 class Stream:
-    """A stream of its own, not the default one: nothing else waits for it."""
+    """A separate stream, not the default one, so nothing else waits for it."""
 
     def __init__(self) -> None:
         self.pointer = ctypes.c_void_p()
@@ -74,7 +74,7 @@ class Stream:
         call("cudaStreamSynchronize", self.pointer)
 
     def capture(self, work: Callable[[], None]) -> "Graph":
-        """Record what `work` puts on the stream, without running it."""
+        """Capture what `work` puts on the stream as a CUDA graph, without running it."""
         call("cudaStreamBeginCapture", self.pointer, _RELAXED)
         recorded = ctypes.c_void_p()
         try:

@@ -18,14 +18,14 @@ from personalq.errors import BundleError, EngineError
 from personalq.rows import Ids
 
 Array = npt.NDArray[np.float32]
-# What the UNet needs to know about the prompts of a batch, by input name. Form 'split': rest int8 (B,77,R), rest_scale
+# The UNet's inputs for the prompts of a batch, by input name. Form 'split': rest int8 (B,77,R), rest_scale
 # float32 (B,77,2L), kept float16 (B,S,R), row_index int64 (B,77). Form 'full': rows float32 (B,77,R). A prompt of n chunks
 # has 77n rows in place of 77, where the engine takes them.
 Conditioning = Mapping[str, npt.NDArray[Any]]
 # (sample (B,4,h,w) float32, time step) -> noise_pred (B,4,h,w) float32, in a buffer that the next call overwrites.
 Denoiser = Callable[[Array, float], Array]
 
-SIZE_INPUTS = ("text_embeds", "time_ids")  # SDXL's UNet is told the pooled text (B,P) and the picture's size (B,6) too
+SIZE_INPUTS = ("text_embeds", "time_ids")  # SDXL's UNet also takes the pooled text (B,P) and the picture's size (B,6)
 UNET_INPUTS = {"split": ("rest", "rest_scale", "kept", "row_index"), "full": ("rows",)}
 ROWS_OUTPUTS = {"split": ("rows", "rest", "rest_scale", "kept"), "full": ("rows",)}
 LOWERING = "ort"
@@ -92,7 +92,7 @@ class Engine(Protocol):
 
 
 def unet_inputs(manifest: Manifest) -> tuple[str, ...]:
-    """What the UNet is told beside latents and time step."""
+    """The names of the UNet's inputs besides latents and time step."""
     return UNET_INPUTS[manifest.rows.form] + (SIZE_INPUTS if manifest.graphs.text_encoder_2 else ())
 
 

@@ -1,9 +1,9 @@
-"""A prepared graph's convolutions, written so that ONNX Runtime opens them in half the time. Same sums, same order.
+"""Rewrite a prepared graph's convolutions so that ONNX Runtime opens them in half the time. Same sums, same order.
 
-At each opening ONNX Runtime turns a weight O,C,kh,kw over into kh,kw,C,O, byte by byte, in as many passes over the whole
-tensor as the kernel has places: of the time that an SD1.5 UNet took to open, 60 %. Over channels-last pixels the same
-convolution has one channel: a pixel's C values are C columns, the kernel is (kh, kw*C), a stride across is s*C. Its weight
-O,1,kh,kw*C is turned over in one pass.
+Whenever it opens a graph, ONNX Runtime transposes a weight O,C,kh,kw to kh,kw,C,O, byte by byte, in one pass over the whole
+tensor per kernel position: 60 % of the time that an SD1.5 UNet took to open. Over channels-last pixels the same
+convolution has one channel: a pixel's C values become C columns, the kernel (kh, kw*C), a horizontal stride s*C. Its weight
+O,1,kh,kw*C is transposed in one pass.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ _WEIGHT = 3  # QLinearConv's input
 def flatten_convs(graph: Path) -> int:
     """Rewrite an ONNX file and its external weights in place; how many convolutions were changed.
 
-    Changed are QLinearConv nodes over channels-last pixels, in one group, with a kernel larger than 1 x 1 and 8-bit weights
+    It changes QLinearConv nodes over channels-last pixels, in one group, with a kernel larger than 1 x 1 and 8-bit weights
     of their own beside the file. Raises RepositoryError when a file cannot be written.
     """
     with named_failure(graph):
@@ -62,7 +62,7 @@ def _can_be_flat(node: Any, weight: Any) -> bool:
 
 
 def _turn_over(folder: Path, weight: Any) -> None:
-    """The weight's bytes, O,C,kh,kw -> O,kh,kw,C, where they lie."""
+    """Transpose the weight's bytes O,C,kh,kw -> O,kh,kw,C in place."""
     where = external_data(weight)
     shape = tuple(weight.dims)
     stored = np.memmap(folder / where["location"], np.uint8, "r+", int(where.get("offset", 0)), shape)

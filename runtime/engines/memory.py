@@ -1,4 +1,4 @@
-"""What this process holds in memory, and how a process that loads and drops engines has malloc keep it."""
+"""How much memory this process holds, and malloc settings for a process that loads and evicts engines."""
 
 import ctypes
 import os
@@ -7,16 +7,16 @@ from functools import cache
 from pathlib import Path
 
 _TUNABLES = "GLIBC_TUNABLES"
-_LARGEST_FROM_HEAP = 32 << 20  # bytes: every packed weight of SD1.5 and SDXL; what is larger goes back when it is freed
+_LARGEST_FROM_HEAP = 32 << 20  # bytes: every packed weight of SD1.5 and SDXL; freed larger blocks go back
 _NEVER = 1 << 40
 
 
 def draw_environment() -> dict[str, str]:
-    """The environment variables for a drawing process: os.environ, and malloc's settings unless it has some.
+    """The environment of a drawing process: os.environ, plus malloc settings unless it already has some.
 
-    An evicted engine's memory goes to the next one: fresh pages, which Linux must clear, cost an SD1.5 UNet a third of
-    its loading. One heap, so that every thread finds what another freed; huge pages where Linux has them on request.
-    Read by glibc when a process starts; other C libraries know nothing of it.
+    An evicted engine's memory is reused by the next one: clearing fresh pages takes Linux a third of the time to load an
+    SD1.5 UNet. One heap, so that every thread can use what another freed; huge pages where Linux offers them on request.
+    glibc reads this when a process starts; other C libraries ignore it.
     """
     settings = {"hugetlb": 1, "arena_max": 1, "mmap_threshold": _LARGEST_FROM_HEAP, "trim_threshold": _NEVER}
     told = ":".join(f"glibc.malloc.{name}={value}" for name, value in settings.items())
@@ -33,7 +33,7 @@ def memory_bytes() -> int:
 
 
 def allocated_bytes() -> int:
-    """Bytes that malloc has given out and not got back; where glibc does not tell, private memory.
+    """Bytes that malloc has handed out and not got back; private memory where glibc cannot say.
 
     Private memory does not grow when a freed engine's pages are used again.
     """

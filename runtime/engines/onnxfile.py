@@ -1,7 +1,7 @@
 """Read and edit ONNX files without onnx: protobuf does it, which comes with onnxruntime.
 
-Protobuf is told the fields of onnx.proto that are used here, and keeps all others as they are. Names, fields and bytes are
-known here, not what a graph means.
+Our descriptors list only the fields of onnx.proto that are used here; protobuf preserves all others. This module knows names,
+fields and bytes, not what a graph means.
 """
 
 from collections.abc import Mapping, Sequence
@@ -165,7 +165,7 @@ def read_graph(path: Path) -> Graph:
             for node in graph.node
         )
         tensors = {tensor.name: _tensor(path, tensor) for tensor in graph.initializer}
-    except (KeyError, ValueError) as error:  # what external data does not tell, or tells wrongly
+    except (KeyError, ValueError) as error:  # external data that lacks a value, or has a wrong one
         raise BundleError(f"{path.name}: must be an ONNX graph, got {error}; export the checkpoint again") from error
     if not nodes:
         raise BundleError(f"{path.name}: must be an ONNX graph, got no node; export the checkpoint again")
@@ -197,7 +197,7 @@ def read_model(path: Path) -> Model:
 class Edited:
     """A copy of a graph in memory, with more nodes, constants and outputs, and values that have another producer.
 
-    What is added stands behind what is there, whatever reads it: ONNX Runtime sorts nodes when it opens a graph.
+    New nodes are appended, whichever node reads them: ONNX Runtime sorts nodes when it opens a graph.
     """
 
     def __init__(self, graph: Graph) -> None:

@@ -152,7 +152,7 @@ class OpenVinoEngine:
             )
 
     def _open(self, file: str, precision: str, shapes: Shapes) -> Compiled:
-        """Read a kept blob back, or compile the graph and keep the blob where the bundle can be written."""
+        """Read a cached blob, or compile the graph and cache the blob if the bundle is writable."""
         graph = inside(self.bundle, file)
         properties = compile_properties(precision, self._threads)
         parts = {
@@ -262,7 +262,7 @@ def around_int8() -> str:
 
 @cache
 def device_name() -> str:
-    """What a blob is bound to: the CPU's name, and what OpenVINO found it can do."""
+    """What a blob depends on: the CPU's name, and the features that OpenVINO detected."""
     capabilities = " ".join(sorted(_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")))
     return f"{platform.machine()} {_core().get_property('CPU', 'FULL_DEVICE_NAME')} {capabilities}"
 
@@ -270,8 +270,8 @@ def device_name() -> str:
 def compile_properties(precision: str, threads: int = 0) -> dict[str, str]:
     """How a graph is compiled: its float type, for one request at a time; threads: 0 = every core.
 
-    On an x86 CPU without VNNI, OpenVINO's u8 x s8 kernels add pairs of products in 16 bits, and what passes 32767 is cut
-    off, silently (measured, 2026.4: a Linear gave 0.5 for 64). There int8 weights are kept and products are float.
+    On an x86 CPU without VNNI, OpenVINO's u8 x s8 kernels add pairs of products in 16 bits, and saturate at 32767,
+    silently (measured, 2026.4: a Linear gave 0.5 instead of 64). There, weights stay int8 and products are float.
     """
     properties = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
     properties |= {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}

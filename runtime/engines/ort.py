@@ -49,7 +49,7 @@ class OrtEngine:
         self._decoder = self._share(graphs.vae_decoder, ["latent"], ["image"])
         rows_inputs = ["text_embeds", "kept_index"] if form == "split" else ["text_embeds"]
         with ThreadPoolExecutor(1) as beside:
-            # Run once a prompt: its weights stay mapped, which opens sooner and takes no memory of its own.
+            # Run once per prompt: its weights stay memory-mapped, which opens sooner and takes no extra memory.
             rows = beside.submit(self._prepare, graphs.text_rows, rows_inputs, ROWS_OUTPUTS[form], is_packed=False)
             self._unet = self._open_unet()
             self._rows = rows.result()

@@ -1,7 +1,7 @@
-"""ONNX Runtime sessions: from a graph, from what was prepared for this machine, or shared by bundles with equal files.
+"""ONNX Runtime sessions: of a graph, of its copy optimised for this machine, or shared by bundles with equal files.
 
-Optimising an SD1.5 UNet takes seconds (most of them to rewrite INT8 weights for a CPU without VNNI), so what ONNX Runtime
-made of it is kept under `<bundle>/engines/` and read back. Text encoder and decoder are the base's in most checkpoints:
+Optimising an SD1.5 UNet takes seconds (most of them to rewrite INT8 weights for a CPU without VNNI), so the optimised graph
+is cached under `<bundle>/engines/` and read back. Text encoder and decoder are the base's in most checkpoints:
 they are opened once for all bundles that hold the same bytes.
 """
 
@@ -157,9 +157,9 @@ def open_session(
     """Open one graph on the CPU; `profile`: where to write what every node did. Raises EngineError in one line.
 
     model: an edited copy of the graph, opened in place of `file` with the weights that lie beside it. save: where to write
-    the optimised graph, its weights beside it; is_prepared: `file` is such a graph. is_packed: weights are copied at once, in
-    the order in which kernels read them; else at each run. may_saturate: whether the quick int8 kernels may give wrong sums
-    here, so that exact ones are taken; None: wherever this CPU's can.
+    the optimised graph, its weights beside it; is_prepared: `file` is such a graph. is_packed: weights are prepacked at
+    once into the order in which kernels read them; else at each run. may_saturate: whether the fast int8 kernels may saturate
+    here, so that exact ones are used; None: decided by this CPU.
     """
     ort = import_onnxruntime()
     if not file.is_file():
@@ -197,9 +197,9 @@ def open_session(
 
 @cache
 def share_arena() -> None:
-    """Let all sessions of this process take their working memory from one arena, which grows by what is asked for.
+    """Let all sessions of this process take their working memory from one arena, which grows by exactly what is requested.
 
-    An arena of its own keeps what a session's largest batch took, for every engine in memory, in powers of two.
+    A separate arena per session keeps what the session's largest batch took, rounded up to a power of two.
     """
     ort, native = import_onnxruntime(), import_module("onnxruntime.capi._pybind_state")
     memory = native.OrtMemoryInfo("Cpu", native.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, native.OrtMemType.DEFAULT)
@@ -218,7 +218,7 @@ def has_int8_dot_product() -> bool:
 
 
 def has_narrow_weights(manifest: Manifest) -> bool:
-    """Whether every integer weight of the UNet lies within -64..64: then no quick kernel saturates, VNNI or not.
+    """Whether every integer weight of the UNet lies within -64..64: then no fast kernel saturates, with or without VNNI.
 
     Those kernels add two products of uint8 by int8 in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 does not.
     """
@@ -232,7 +232,7 @@ def version_of_onnxruntime() -> str:
 
 @cache
 def device_name() -> str:
-    """What a prepared graph is bound to: the kind of CPU and what it can do."""
+    """What a prepared graph depends on: the kind of CPU and its features."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

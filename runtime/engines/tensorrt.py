@@ -56,7 +56,7 @@ class TensorRtEngine(OrtEngine):
 
 
 class TensorRtRtxEngine(TensorRtEngine):
-    """The same with TensorRT for RTX, whose plans are finished by a just-in-time compiler on the user's GPU."""
+    """The same with TensorRT for RTX, which finishes compiling its plans on the user's GPU, just in time."""
 
     name = "tensorrt-rtx"
     module = "tensorrt_rtx"
@@ -104,7 +104,7 @@ class _BoundPlan:
         return np.asarray(self._host["noise_pred"], dtype=np.float32)
 
     def _launch(self) -> None:
-        """The first step runs as it is (it allocates), the second is recorded, all later ones are launched whole."""
+        """The first step runs directly (it allocates), the second is captured, all later ones launch the captured graph."""
         self._runs += 1
         if self._runs == 2:
             self._stream.synchronize()

@@ -1,4 +1,4 @@
-"""Baselines: what a bundle measured when somebody looked at it and said yes, and how a later run compares.
+"""Baselines: what a bundle measured when somebody accepted it, and how a later run compares.
 
 One JSON file beside the repository, one entry per checkpoint and spec. Values are kept per golden input and picture, so
 that a later run is compared pair by pair: a difference counts when the whole 95 % interval of the paired mean lies

@@ -1,4 +1,4 @@
-"""What the gate says: checks with their limits, the report of a bundle, and how a failure is worded. It measures nothing."""
+"""The gate's results: checks with their limits, the report of a bundle, the wording of a failure. It measures nothing."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +92,7 @@ def equal(name: str, value: float, limit: float, **more: Any) -> Check:
 
 
 def none_of(name: str, problems: list[str], layer: str = "") -> Check:
-    """A check that counts problems and says the first one."""
+    """A check that counts problems and reports the first one."""
     first = problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "") if problems else ""
     return Check(name, len(problems), 0, not problems, first, layer=layer)
 

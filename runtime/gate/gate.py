@@ -20,10 +20,11 @@ from .levels.targets import cross_target
 from .localise import BLAMED, localise
 from .subject import Sources, Subject
 
-NUDGE = np.float32(2.0**-20)  # relative: what another order of float additions does to a number, about
+NUDGE = np.float32(2.0**-20)  # relative: roughly what another order of float additions does to a number
 NOISY_RUNS = 2
+OPENS = "bundle opens"
 
-MEASURED = ("numerics", "images")  # levels that a baseline has something of
+MEASURED = ("numerics", "images")  # the levels whose results a baseline stores
 
 Computed = Callable[[Subject], Iterator[Check]]
 OBEDIENCE: tuple[tuple[str, Computed], ...] = (
@@ -94,7 +95,7 @@ def run_gate(bundle: Path, options: Options, sources: Sources | None = None) -> 
         subject = Subject(bundle, manifest, sources, options.threads)
         _ = subject.pipeline
     except Exception as error:  # the boundary: a bundle that cannot be opened is a failed check, whatever the cause
-        return _ended(bundle, name, [*checks, failed("bundle opens", reason_of(error))])
+        return _ended(bundle, name, [*checks, failed(OPENS, reason_of(error))])
     run = Run(subject, options, name, checks, seconds)
     return run.report()
 

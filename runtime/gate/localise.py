@@ -1,4 +1,4 @@
-"""When numbers fail: which layer moved first, and whose floats would bring them back."""
+"""When numbers fail: which layer moved first, and which layer in float would restore them."""
 
 from collections.abc import Sequence
 

@@ -1,22 +1,30 @@
-"""What a person who asks for the gate means: which bundle, what lies beside it, which judge, which reports."""
+"""Interpret a request to the gate: which bundle, what is available beside it, which judge, which reports."""
 
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from personalq.bundle import read_manifest
+from personalq.bundle import Manifest, read_manifest
+from personalq.cards.card import folder_name
 from personalq.errors import BundleError, PersonalQError
+from personalq.goldens import GOLDEN, VERSION
 from personalq.repository import Repository
 from personalq.repository.atomic import write_atomic
 from personalq.repository.identity import weights_sha256
+from personalq.repository.settings import read_settings
+from personalq.spec import REFERENCE
+from personalq.weights.header import read_header
 
 from ..store import REFERENCE_POLICIES, Store, find
 from .baseline import default_file
-from .check import Report
-from .gate import Options, run_gate
+from .check import Report, headline
+from .gate import OPENS, Options, run_gate
 from .subject import Judge, Sources
+
+NO_REFERENCE = "none"  # in a key's parts: the exporter found no reference beside the spec
 
 # (base folder, checkpoint folder, kind) -> an object whose component(name).read(parameter) gives tensors.
 OpenWeights = Callable[[Path, Path, str], Any]
@@ -63,7 +71,7 @@ def answer(request: Request, opened: Callable[[], Repository], open_weights: Cal
         update=request.update_baseline,
         against=request.against,
     )
-    report = run_gate(folder, options, sources)
+    report = _with_cure(run_gate(folder, options, sources), folder, repository)
     updated = file if request.update_baseline and report.passed else None
     return Answer(report, updated, write_reports([report], request))
 
@@ -77,6 +85,46 @@ def located(bundle: str, opened: Callable[[], Repository]) -> tuple[Path, Reposi
     root = folder.resolve().parents[1]
     is_inside = folder.resolve().parent.name == "bundles" and (root / "checkpoints").is_dir()
     return folder, Repository.open(root) if is_inside else None
+
+
+def _with_cure(report: Report, folder: Path, repository: Repository | None) -> Report:
+    """The same report; of a bundle that was exported without goldens, the check that needs them says how they are made."""
+    if (folder / GOLDEN).is_file() or all(check.name != OPENS for check in report.failed):
+        return report
+    manifest = read_manifest(folder)
+    if manifest.key_parts.get("reference") != NO_REFERENCE:
+        return report
+    reason = f"must hold what torch computes in FP32 (a reference), got a bundle exported without; {_cure(manifest, repository)}"
+    checks = tuple(
+        replace(check, name="reference", reason=f"{GOLDEN}: {reason}") if check.name == OPENS else check
+        for check in report.checks
+    )
+    return replace(report, checks=checks, headline=headline(report.subject, checks))
+
+
+def _cure(manifest: Manifest, repository: Repository | None) -> str:
+    """The commands that make a reference, as cheaply as it can be made, and a bundle that holds it."""
+    id_, policy = manifest.checkpoint.id, manifest.spec.policy
+    quoted = shlex.quote(id_)
+    made = repository is not None and _has_reference(repository.root / "specs" / folder_name(id_), manifest)
+    calibrate = (
+        ""
+        if made
+        else f"personalq calibrate {quoted} --policy {policy if policy in REFERENCE_POLICIES else 'fp16'} && "
+    )
+    if policy in REFERENCE_POLICIES:
+        return f"run: {calibrate}personalq export {quoted} --spec {policy} && personalq verify {quoted}"
+    here = f"specs/{folder_name(id_)}/"
+    return f"run: {calibrate}personalq export {quoted} --spec FILE, with the spec's file in {here} beside {REFERENCE}"
+
+
+def _has_reference(specs: Path, manifest: Manifest) -> bool:
+    """Tell whether a reference of the bundle's own weights was made since."""
+    try:
+        metadata = read_header(specs / REFERENCE).metadata
+    except PersonalQError:
+        return False
+    return (metadata.get("version"), metadata.get("checkpoint_sha256")) == (VERSION, manifest.checkpoint.sha256)
 
 
 def sources_of(
@@ -102,6 +150,7 @@ def sources_of(
     return Sources(
         weights=lambda component, name: weights.component(component).read(name),
         weights_sha256=lambda: weights_sha256(base, checkpoint),
+        settings=read_settings(base, checkpoint),
         reference=reference[0] if reference and reference[0].resolve() != folder.resolve() else None,
         judge=scores,
     )

@@ -1,4 +1,4 @@
-"""What the checks look at: one bundle's goldens, graphs, engine and pipeline, and what lies outside it where it is there."""
+"""What the checks work on: one bundle's goldens, graphs, engine and pipeline, and optional sources outside the bundle."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from personalq.bundle import SPEC, Manifest, inside
 from personalq.errors import BundleError
 from personalq.goldens import GOLDEN, POOLED, TENSORS, VERSION
+from personalq.repository.settings import Settings
 from personalq.rows import find_sequence
 from personalq.spec import SpecFile, read_spec
 
@@ -42,17 +43,19 @@ ReadWeight = Callable[[str, str], npt.NDArray[Any]]
 class Sources:
     """What a check may use besides the bundle; each may be missing, and its checks are then left out, and `missing` says so.
 
-    weights: reads the checkpoint's tensors. weights_sha256: of the checkpoint as it lies in the repository now.
+    weights: reads the checkpoint's tensors. weights_sha256: of the checkpoint as it lies in the repository now. settings:
+    its scheduler and tokenizers.
     reference: the unquantised bundle of the same checkpoint. judge: see Judge.
     """
 
     weights: ReadWeight | None = None
     weights_sha256: Callable[[], str] | None = None
+    settings: Settings | None = None
     reference: Path | None = None
     judge: Judge | None = None
 
     def missing(self) -> tuple[str, ...]:
-        """What is therefore not compared, in words."""
+        """What cannot be compared for lack of a source, in words."""
         reasons = {
             "stored weights: the checkpoint is not in the repository": self.weights,
             "more pictures: the repository has no fp32 bundle of this checkpoint": self.reference,
@@ -83,6 +86,7 @@ class Subject:
         self.prompts: list[str] = json.loads(self.notes.get("prompts", "[]"))
         self.steps = int(self.notes.get("steps", self.manifest.steps))
         self.guidance = float(self.notes.get("guidance", self.manifest.guidance))
+        self.sampler = self.notes.get("sampler", "ddim")  # goldens that do not say were drawn by DDIM
 
     @cached_property
     def engine(self) -> OrtEngine:

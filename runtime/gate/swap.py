@@ -1,4 +1,4 @@
-"""Which layer's error is it? Give layers of the UNet their floats back, half of the suspects at a time, and look.
+"""Which layer causes the error? Restore the float weights and inputs of half of the suspect layers at a time, and measure.
 
 Works on the very graph under test: its weights' Dequantize is replaced by the checkpoint's floats, its activations'
 Quantize and Dequantize by nothing. Needs the checkpoint's weights (Sources.weights).
@@ -21,7 +21,7 @@ from .levels.obedience import LayerInGraph
 from .subject import Subject
 
 LARGEST_MODEL = 1_500_000_000  # bytes; protobuf ends at 2 GB
-N_INPUTS = 2  # golden inputs per look: the noisiest and the cleanest
+N_INPUTS = 2  # golden inputs per run: the noisiest and the cleanest
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def unquantised(weight: Array, name: str, tensors: dict[str, Array]) -> npt.NDAr
 
 
 def bisect(subject: Subject, among: Sequence[str] = ()) -> Culprit | None:
-    """The layer that harms the noise prediction most, found in about log2(layers) looks; None when it cannot be asked.
+    """The layer that harms the noise prediction most, by bisection in about log2(layers) runs; None when that is impossible.
 
     among: the layers to ask about, where some of them are quantised; all otherwise.
     """

@@ -45,7 +45,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Taps:
-    """Where to listen: name -> value, in the order the graph computes them; cross-attention softmax by row layer."""
+    """What to tap: name -> value, in the order the graph computes them; cross-attention softmax by row layer."""
 
     layers: dict[str, str]
     blocks: dict[str, str]
@@ -67,7 +67,7 @@ def find_taps(graph: Graph, layers: list[str], blocks: list[str], rows: tuple[Ro
 
 
 def layer_output(graph: Graph, name: str) -> str:
-    """The value that a layer hands on: behind its bias, and behind its output's Quantize and Dequantize."""
+    """The value that a layer outputs: after its bias, and after its output's Quantize and Dequantize."""
     found = LayerInGraph(graph, name)
     if found.node is None:
         raise BundleError(f"{name}: must be a layer of the graph, got none that reads its weight; export again")

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from .api import ApiError, CheckinRequest, ImageRequest, Json
+from .api import ApiError, CheckinRequest, ImageRequest, Json, Refusal
 from .catalogue import model_row, models, sheet
-from .guard import Guard
-from .images import Service, answer
+from .cors import Cors
+from .drawing_process.process import Drawing
+from .guard import PICTURES, Guard
+from .images import Chosen, Service, answer
 from .options import ServeOptions
+from .refusals import add_refusals, internal_error
 
 PAGE = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
@@ -34,11 +36,15 @@ def create_app(options: ServeOptions, service: Service | None = None) -> FastAPI
             await service.close()
 
     # FastAPI's own documentation page loads scripts from a CDN; ours is /docs of the page folder.
-    app = FastAPI(title="PersonalQ", version="0.1.0", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # A slash at a path's end is taken off by the guard: a redirect would lose the scheme behind a proxy.
+    told: dict[str, Any] = {"title": "PersonalQ", "version": "0.1.0", "docs_url": None, "redoc_url": None}
+    told["responses"] = {"default": {"model": Refusal, "description": "A refusal, in the shape of OpenAI's"}}
+    app = FastAPI(**told, lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
     app.add_middleware(Guard, options=options, metrics=service.metrics)
-    app.add_exception_handler(ApiError, _refuse)
-    app.add_exception_handler(RequestValidationError, _refuse_shape)
+    if options.origins:
+        app.add_middleware(Cors, origins=options.origins)  # outside the guard: pages may read its refusals, too
+    add_refusals(app)
     _add_drawing(app, service)
     _add_knowledge(app, service)
     _add_operations(app, service)
@@ -53,29 +59,40 @@ def _add_drawing(app: FastAPI, service: Service) -> None:
         drawings = service.submit(asked, chosen)
         request.scope["personalq"] = {"checkpoint": chosen.checkpoint, "n": asked.n, "prompt": asked.prompt}
         if asked.stream:
-            return StreamingResponse(_events(service, asked, chosen, drawings), media_type="text/event-stream")
+            events = _events(service, asked, chosen, drawings, request.scope["request_id"])
+            return StreamingResponse(events, media_type="text/event-stream")
         made = await service.draw(drawings, request.is_disconnected)
-        base = str(request.base_url).rstrip("/")
-        wants_url = asked.response_format == "url"
-        return JSONResponse(
-            answer(chosen, made, (lambda png: f"{base}/v1/images/{service.keep(png)}") if wants_url else None)
-        )
+        place = str(request.base_url).rstrip("/") + PICTURES
 
-    @app.get("/v1/images/{name}", summary="A picture that was answered as a URL")
+        def link(content: bytes) -> str:
+            return place + service.pictures.keep(content, asked.output_format)
+
+        return JSONResponse(answer(asked, chosen, made, link))
+
+    @app.get(f"{PICTURES}{{name}}", summary="A picture that was answered as a URL; needs no key")
     async def kept(name: str) -> Response:
-        return Response(service.kept(name), media_type="image/png", headers={"Cache-Control": "private, max-age=600"})
+        picture, seconds = service.pictures.get(name)
+        headers = {"Cache-Control": f"private, max-age={seconds}", "Cross-Origin-Resource-Policy": "cross-origin"}
+        return Response(picture.content, media_type=picture.media_type, headers=headers)
+
+    @app.post("/v1/images/edits", include_in_schema=False)
+    @app.post("/v1/images/variations", include_in_schema=False)
+    async def refused() -> Response:
+        text = "pictures are drawn from words only: edits and variations are not supported; use /v1/images/generations"
+        raise ApiError(400, "not_supported", text)
 
 
 async def _events(
-    service: Service, asked: ImageRequest, chosen: Any, drawings: list[Any]
+    service: Service, asked: ImageRequest, chosen: Chosen, drawings: list[Drawing], request_id: str
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events; an error after the first byte is an event too."""
     try:
         async with contextlib.aclosing(service.stream(asked, chosen, drawings)) as events:
             async for event in events:
                 yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
-    except ApiError as error:
-        yield f"event: error\ndata: {json.dumps(error.body)}\n\n".encode()
+    except Exception as error:
+        refusal = error if isinstance(error, ApiError) else internal_error(error, request_id)
+        yield f"event: error\ndata: {json.dumps(refusal.body)}\n\n".encode()
     finally:
         for drawing in drawings:
             service.drawing.cancel(drawing)
@@ -137,18 +154,3 @@ def _add_page(app: FastAPI) -> None:
         if name not in files:
             raise ApiError(404, "not_found", f"{name[:80]!r}: no such part of the page")
         return FileResponse(files[name], media_type=_TYPES[files[name].suffix])
-
-
-async def _refuse(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    service: Service = request.app.state.service
-    service.metrics.refused.labels(error.code).inc()
-    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
-
-
-async def _refuse_shape(request: Request, error: Exception) -> Response:
-    """A body of another shape: the first thing that is wrong with it, without repeating what was sent."""
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-    return await _refuse(request, ApiError(400, "invalid_request", f"{field}: {first['msg']}", param=field))

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from personalq.cards.card import Card
-from personalq.errors import PersonalQError
 
 from .api import ApiError, Json
-from .images import Service
+from .images import Service, find_card
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _LARGEST_PICTURE = 8 << 20
@@ -21,22 +20,15 @@ def models(service: Service) -> list[Json]:
 
 def model_row(service: Service, card_id: str) -> Json:
     """One checkpoint. Raises ApiError for an unknown id."""
-    return _row(service, _card(service, card_id), service.store.drawable())
+    return _row(service, find_card(service.repository, card_id), service.store.drawable())
 
 
 def sheet(service: Service, card_id: str) -> Path:
     """The first picture in the checkpoint's folder, by name. Raises ApiError when there is none."""
-    found = _picture(service, _card(service, card_id))
+    found = _picture(service, find_card(service.repository, card_id))
     if found is None:
         raise ApiError(404, "no_picture", f"{card_id[:80]!r}: came without an example picture", param="model")
     return found
-
-
-def _card(service: Service, card_id: str) -> Card:
-    try:
-        return service.repository.card(card_id)
-    except PersonalQError as error:
-        raise ApiError(404, "model_not_found", str(error), param="model") from error
 
 
 def _row(service: Service, card: Card, drawable: dict[str, bool]) -> Json:

@@ -6,11 +6,11 @@ import contextlib
 import math
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from personalq.cards.card import Card
 from personalq.checkin import Decision, ask
 from personalq.checkin.rewrite import prompt_for
 from personalq.errors import CardError, CheckinError, EngineError, PersonalQError, RepositoryError
@@ -19,15 +19,16 @@ from personalq.repository import Repository
 from ..drawing.pipeline import Settings
 from ..drawing.samplers import sampler_named
 from ..store import open_store
-from .api import ApiError, ImageRequest, Json, check_length, check_limits, image_event
+from .api import ApiError, ImageRequest, Json, check_length, check_limits, format_of, image_event, unused
+from .drawing_process.process import Drawing, DrawProcess, Event, MakeDraws, order
+from .kept import KeptPictures
 from .metrics import Metrics
 from .options import ServeOptions
-from .process import Drawing, DrawProcess, Event, MakeDraws, order
 
-_KEPT_BYTES, _KEPT_SECONDS = 64 << 20, 600.0
 _PREFETCHED = 2  # most likely engines loaded while a question is open
 _SHOWN_CANDIDATES = 5
-_TOLD = ("bundle", "policy", "unet_bytes", "steps", "batch")
+_ID_CHARS = 256  # the nearest ids are looked for: a longer name would only take longer
+_TOLD = ("bundle", "policy", "unet_bytes", "steps", "batch", "size")
 _STATUS = {"deadline": 504, "worker": 503, "PromptError": 400, "invalid": 400, "BundleError": 500, "EngineError": 500}
 
 
@@ -38,6 +39,15 @@ class Chosen:
     checkpoint: str
     prompt: str
     decision: Decision | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture that was drawn: what is said about it, its file, and what the person who asked should know."""
+
+    told: Json
+    content: bytes
+    warnings: tuple[str, ...]
 
 
 class Checkin:
@@ -71,7 +81,7 @@ class Service:
         self.drawing = make_draws(options.draw, self.metrics.observe_residency, lambda: self.metrics.restarts.inc())
         self.is_draining = False
         self._ask = ask_checkin or Checkin(self.repository).ask
-        self._kept: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
+        self.pictures = KeptPictures()
         self._seconds_per_picture = 1.0
 
     async def start(self) -> None:
@@ -104,16 +114,19 @@ class Service:
         return decision
 
     async def choose(self, request: ImageRequest) -> Chosen:
-        """The checkpoint and prompt of a request. Raises ApiError: 409 with the question, 404 when nothing fits."""
-        if request.model not in ("", "auto"):
-            try:
-                card = self.repository.card(request.model)
-            except PersonalQError as error:
-                raise ApiError(404, "model_not_found", str(error), param="model") from error
+        """The checkpoint and prompt of a request. Raises ApiError: 400, 409 with the question, 404 when nothing fits."""
+        check_limits(request, self.options.limits)  # before a question: nobody answers one to be refused after it
+        format_of(request)
+        if request.names_model:
+            card = find_card(self.repository, request.model)
             return Chosen(card.id, prompt_for(request.prompt, card))
         decision = await self.check_in(request.prompt, request.answers)
         if decision.decision == "clarify":
-            told = {"question": decision.question, "options": list(decision.options), "candidates": seen(decision)}
+            told: Json = {
+                "question": decision.question,
+                "options": list(decision.options),
+                "candidates": seen(decision),
+            }
             raise ApiError(409, "clarify", decision.question or "", param="answers", **told)
         if decision.decision != "select" or decision.checkpoint is None or decision.prompt is None:
             text = "no checkpoint fits this prompt; name one as 'model', or list them at /v1/models"
@@ -123,9 +136,10 @@ class Service:
     def submit(self, request: ImageRequest, chosen: Chosen) -> list[Drawing]:
         """Queue every picture of a request. Raises ApiError: 400, 404 without a bundle, 429 when the queue is full."""
         limits = self.options.limits
-        width, height = check_limits(request, limits)
+        (width, height), form = check_limits(request, limits), format_of(request)
         try:
-            sampler_named(request.sampler)
+            if request.sampler is not None:
+                sampler_named(request.sampler)
             self.store.find(chosen.checkpoint, self.options.draw.target)
             if request.variant == "reference":
                 self.store.reference(chosen.checkpoint)
@@ -142,8 +156,8 @@ class Service:
         orders = []
         for i in range(request.n):
             picture = {"prompt": chosen.prompt, "negative_prompt": request.negative_prompt, "seed": first + i}
-            one = order(chosen.checkpoint, picture, asdict(settings), variant=request.variant, previews=previews)
-            orders.append(one)
+            more = {"variant": request.variant, "previews": previews, "form": asdict(form)}
+            orders.append(order(chosen.checkpoint, picture, asdict(settings), **more))
         drawings = self.drawing.submit(orders, limits.seconds)
         self.metrics.queue.set(self.drawing.outstanding)
         return drawings
@@ -174,8 +188,8 @@ class Service:
             each = message["seconds"] / message["batch"]
             self._seconds_per_picture += 0.2 * (each - self._seconds_per_picture)
 
-    async def draw(self, drawings: list[Drawing], is_gone: Callable[[], Awaitable[bool]]) -> list[tuple[Json, bytes]]:
-        """(what is said about it, PNG) of every picture. Raises ApiError, also when the client left."""
+    async def draw(self, drawings: list[Drawing], is_gone: Callable[[], Awaitable[bool]]) -> list[Made]:
+        """Every picture. Raises ApiError, also when the client left."""
         tasks = [asyncio.create_task(self._finish(drawing)) for drawing in drawings]
         watch = asyncio.create_task(_until(is_gone))
         try:
@@ -192,7 +206,7 @@ class Service:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _finish(self, drawing: Drawing) -> tuple[Json, bytes]:
+    async def _finish(self, drawing: Drawing) -> Made:
         told: Json = {"checkpoint": drawing.order["checkpoint"], "seed": drawing.order["picture"]["seed"]}
         async with contextlib.aclosing(self.events(drawing)) as events:
             async for message, blob in events:
@@ -200,13 +214,15 @@ class Service:
                     told |= {"engine": message["engine"], "fallback_reason": message["reason"]}
                 elif message["event"] == "done":
                     told |= {name: message[name] for name in _TOLD}
-                    return {**told, "seconds": round(message["seconds"], 4)}, blob
+                    told["seconds"] = round(message["seconds"], 4)
+                    return Made(told, blob, tuple(message["warnings"]))
         raise ApiError(503, "worker", "the picture was not drawn; ask again")
 
     async def stream(
         self, request: ImageRequest, chosen: Chosen, drawings: list[Drawing]
     ) -> AsyncGenerator[Json, None]:
         """Events of every picture of a request, one picture after the other, as OpenAI streams them."""
+        form, warnings = format_of(request), unused(request)
         for index, drawing in enumerate(drawings):
             partial, told = 0, explained(chosen)
             told |= {"index": index, "seed": drawing.order["picture"]["seed"]}
@@ -218,35 +234,23 @@ class Service:
                         kept = {name: value for name, value in message.items() if name != "id"}
                         yield {"type": "image_generation.progress", **kept, **told}
                     if blob and message["event"] == "step":
-                        yield image_event(
-                            "partial_image",
-                            _b64(blob),
-                            request.size or "auto",
-                            partial_image_index=partial,
-                            index=index,
-                        )
+                        shown = {"partial_image_index": partial, "index": index}
+                        yield image_event("partial_image", _b64(blob), form, message["size"], **shown)
                         partial += 1
                     if message["event"] == "done":
                         told |= {name: message[name] for name in (*_TOLD, "seconds")}
-                        yield image_event("completed", _b64(blob), request.size or "auto", index=index, personalq=told)
+                        last = {"index": index, "warnings": [*warnings, *message["warnings"]], "personalq": told}
+                        yield image_event("completed", _b64(blob), form, message["size"], **last)
 
-    def keep(self, png: bytes) -> str:
-        """Keep a picture for a while; return the name it can be fetched by."""
-        name = secrets.token_urlsafe(18)
-        self._kept[name] = (time.monotonic() + _KEPT_SECONDS, png)
-        while self._kept and (
-            sum(len(blob) for _, blob in self._kept.values()) > _KEPT_BYTES
-            or next(iter(self._kept.values()))[0] < time.monotonic()
-        ):
-            self._kept.popitem(last=False)
-        return name
 
-    def kept(self, name: str) -> bytes:
-        """A kept picture. Raises ApiError when it is gone."""
-        until, png = self._kept.get(name, (0.0, b""))
-        if until < time.monotonic():
-            raise ApiError(404, "gone", "this picture is not kept any more; pictures are kept for 10 minutes")
-        return png
+def find_card(repository: Repository, card_id: str) -> Card:
+    """A card by its id. Raises ApiError for an unknown one, with the nearest; it says nothing of the server's folders."""
+    try:
+        return repository.card(card_id[:_ID_CHARS])
+    except PersonalQError as error:
+        text = str(error).replace(str(repository.root), "this repository")
+        text = text.replace("list them with 'personalq ls'", "GET /v1/models lists them")
+        raise ApiError(404, "model_not_found", text, param="model") from error
 
 
 def seen(decision: Decision) -> list[Json]:
@@ -263,17 +267,21 @@ def explained(chosen: Chosen) -> Json:
     return told | ({"candidates": seen(chosen.decision)} if chosen.decision else {})
 
 
-def answer(chosen: Chosen, made: list[tuple[Json, bytes]], link: Callable[[bytes], str] | None) -> Json:
-    """The answer to a request that is not streamed; `link` makes a URL of a picture, None: base64."""
+def answer(request: ImageRequest, chosen: Chosen, made: list[Made], link: Callable[[bytes], str]) -> Json:
+    """The answer to a request that is not streamed. link: makes a URL of a picture, for those who ask for URLs."""
     data = []
-    for told, png in made:
-        where = {"b64_json": _b64(png)} if link is None else {"url": link(png)}
-        data.append({**where, "revised_prompt": chosen.prompt, "personalq": told})
-    return {"created": int(time.time()), "data": data, "personalq": explained(chosen)}
+    for one in made:
+        is_url = request.response_format == "url"
+        where = {"url": link(one.content)} if is_url else {"b64_json": _b64(one.content)}
+        data.append({**where, "revised_prompt": chosen.prompt, "personalq": one.told})
+    warnings = dict.fromkeys([*unused(request), *(line for one in made for line in one.warnings)])
+    fixed = {"background": "opaque", "output_format": request.output_format, "size": made[0].told["size"]}
+    told = {"warnings": list(warnings), "personalq": explained(chosen)}
+    return {"created": int(time.time()), **fixed, "data": data, **told}
 
 
-def _b64(png: bytes) -> str:
-    return base64.b64encode(png).decode()
+def _b64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 async def _until(is_gone: Callable[[], Awaitable[bool]]) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import hmac
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 from personalq.errors import EngineError
 
 MEGABYTE = 1_000_000
+ANY_ORIGIN = "*"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@,]+")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Limits:
 
     body_bytes: int = 64 * 1024
     prompt_chars: int = 2000
-    images: int = 4
+    images: int = 10
     pixels: int = 1024 * 1024
     steps: int = 150
     queue: int = 32
@@ -39,7 +43,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Where to listen, who may ask, and what may be asked. key_digests: sha256 of each API key; empty: everybody may."""
+    """Where to listen, who may ask, and what may be asked.
+
+    key_digests: sha256 of each API key; empty: everybody may. origins: whose pages may ask from a browser.
+    """
 
     draw: DrawOptions
     host: str = "127.0.0.1"
@@ -47,6 +54,7 @@ class ServeOptions:
     limits: Limits = Limits()
     key_digests: frozenset[str] = frozenset()
     logs_prompts: bool = False
+    origins: tuple[str, ...] = ()
 
     def allows(self, key: str) -> bool:
         """Whether a client that shows `key` may ask."""
@@ -70,10 +78,29 @@ def read_keys(file: Path) -> frozenset[str]:
     return frozenset(hashlib.sha256(key.encode()).hexdigest() for key in keys)
 
 
+def checked_origins(origins: Sequence[str]) -> tuple[str, ...]:
+    """Origins as browsers send them, '*' for every one. Raises EngineError for what no browser sends."""
+    plain = tuple(origin.strip().lower().rstrip("/") for origin in origins)
+    for origin in plain:
+        if origin != ANY_ORIGIN and not _ORIGIN.fullmatch(origin):
+            raise EngineError(
+                f"--allow-origin: must be '*' or SCHEME://HOST[:PORT], got {origin!r}; leave out paths, repeat the option"
+            )
+    return plain
+
+
 def options_of(
-    repository: Path, *, host: str, port: int, queue: int, api_keys: Path | None, log_prompts: bool, **draw: Any
+    repository: Path,
+    *,
+    host: str,
+    port: int,
+    queue: int,
+    api_keys: Path | None,
+    log_prompts: bool,
+    origins: Sequence[str] = (),
+    **draw: Any,
 ) -> ServeOptions:
-    """The options of `personalq serve`; draw: fields of DrawOptions. Raises EngineError for an unusable file of keys."""
+    """The options of `personalq serve`; draw: fields of DrawOptions. Raises EngineError for unusable keys or origins."""
     return ServeOptions(
         draw=DrawOptions(repository, **draw),
         host=host,
@@ -81,4 +108,5 @@ def options_of(
         limits=Limits(queue=queue),
         key_digests=frozenset() if api_keys is None else read_keys(api_keys),
         logs_prompts=log_prompts,
+        origins=checked_origins(origins),
     )

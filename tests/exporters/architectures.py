@@ -23,7 +23,9 @@ def sd2(seed: int = 0) -> Any:
             **{**unet_settings(), "attention_head_dim": (2, 4), "use_linear_projection": True, "upcast_attention": True}
         ),
         text_encoder=CLIPTextModel(text_config(hidden_act="gelu")),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, prediction_type="v_prediction"),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", clip_sample=False, prediction_type="v_prediction", steps_offset=1
+        ),
     )
     return pipe
 

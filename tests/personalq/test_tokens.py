@@ -114,7 +114,23 @@ def test_what_has_no_room_is_told_with_its_words(tokenizer: Tokenizer) -> None:
     chunks = tokenizer.chunks(read_prompt("dog " * 150 + "(on the:1.2) beach BREAK snow"), 2)
     assert (len(chunks.ids), chunks.cut, chunks.n_cut) == (2, "on the beach   snow", 4)
     torn = tokenizer.chunks(read_prompt("dog " * 74 + "zzzz sks"), 1)
-    assert (torn.cut, torn.n_cut) == ("zzz sks", 2)
+    assert (torn.cut, torn.n_cut, torn.lost) == ("zzz sks", 2, "zzzz")
+
+
+@pytest.mark.parametrize(
+    ("text", "room", "word"),
+    [
+        ("a red dog", 2, "dog"),
+        ("a red zzdog on", 3, "zzdog"),
+        ("a " + "z" * 200, 101, "z" * 40),
+        ("a " + "z" * 200, 3, "z" * 40),
+        ("dog", 0, "dog"),
+    ],
+    ids=["whole", "inside", "far inside without spaces", "inside without spaces", "first"],
+)
+def test_the_first_lost_word_is_named_whole(text: str, room: int, word: str) -> None:
+    short = Tokenizer(FILE, TEXT.model_copy(update={"length": room + 2}))
+    assert short.chunks(read_prompt(text), 1).lost == word
 
 
 def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:

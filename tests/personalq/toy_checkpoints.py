@@ -21,6 +21,9 @@ def base(folder: Path, *, width: int = 8) -> Path:
     """Write a base pipeline whose UNet has one cross-attention layer."""
     for part in ("unet", "vae", "text_encoder"):
         (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text("{}")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
     unet = {f"{LAYER}.to_{p}.weight": np.zeros((4, width), np.float32) for p in "qkv"}
     save_file(unet, folder / "unet" / "diffusion_pytorch_model.safetensors")
     save_file({"w": np.zeros(2, np.float32)}, folder / "vae" / "diffusion_pytorch_model.safetensors")

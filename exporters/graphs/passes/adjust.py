@@ -1,4 +1,4 @@
-"""What a spec asks for around the integers: a balanced input, a low-rank branch beside them, a corrected prediction."""
+"""What a spec may add around the integers: a balanced input, a parallel low-rank branch, a corrected prediction."""
 
 import numpy as np
 import numpy.typing as npt

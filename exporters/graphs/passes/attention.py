@@ -1,4 +1,4 @@
-"""Self-attention as one operator that keeps scores in the cache: com.microsoft.MultiHeadAttention (ONNX Runtime, OpenVINO)."""
+"""Fuse self-attention into one operator; scores stay in the cache: com.microsoft.MultiHeadAttention (ONNX Runtime, OpenVINO)."""
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -9,7 +9,7 @@ DOMAIN = "com.microsoft"
 def fuse_attention(model: ir.Model) -> int:
     """Replace softmax(scale Q . K^T) . V between its Reshapes by one node; return how many were found. Edits `model`.
 
-    Attention to text rows stays open: it is short (77 rows), and the gate looks at its softmax.
+    Attention over text rows stays unfused: it is short (77 rows), and the gate reads its softmax.
     Requires the form that exporters.graphs.trace writes. Same arithmetic in another order (float32, equal to about 1e-6).
     """
     graph, found = model.graph, 0

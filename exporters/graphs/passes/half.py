@@ -1,4 +1,4 @@
-"""Turn a float32 graph into a strongly typed float16 one: the types in the graph are what TensorRT computes in.
+"""Convert a float32 graph to a strongly typed float16 one: TensorRT computes in the types written in the graph.
 
 What stays float32: graph inputs and the output (the samplers work in float32), and the sinusoidal embedding of time,
 which is all that depends on nothing but `timestep` or `time_ids` (sin(999 * f) has no correct digit in float16).

@@ -1,4 +1,4 @@
-"""The row encoder put in front of the UNet again: one graph that takes text embeddings in every step, as peers have it."""
+"""Prepend the row encoder to the UNet again: one graph that takes text embeddings in every step, like other pipelines."""
 
 import numpy as np
 import onnx_ir as ir

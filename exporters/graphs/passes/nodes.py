@@ -22,7 +22,7 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir
 
 
 class Builder:
-    """Appends nodes named prefix_1, prefix_2, ...; a pass that uses it ends with graph.sort(), which puts them in place."""
+    """Appends nodes named prefix_1, prefix_2, ...; a pass that uses it ends with graph.sort(), which restores a valid order."""
 
     def __init__(self, graph: ir.Graph, prefix: str):
         self.graph, self.prefix, self.count = graph, prefix, 0

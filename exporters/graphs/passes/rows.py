@@ -1,4 +1,4 @@
-"""Text rows in the graphs: the UNet's entrance puts rest and kept rows together; the row encoder emits both forms.
+"""Text rows in the graphs: nodes in front of the UNet assemble rest and kept rows; the row encoder emits both forms.
 
 Storage form (DESIGN: one engine serves every prompt and trigger position): `rest` int8 with one scale per token, layer
 and K|V, `kept` float16 for at most S tokens, `row_index` telling each token which of the two it reads.

@@ -1,1 +1,1 @@
-"""Texts to vectors: the sentence encoder, and vectors composed from those of tokens."""
+"""Texts to vectors: the sentence encoder, and vectors composed from token vectors."""

@@ -1,7 +1,7 @@
 """Vectors of texts made from vectors of their tokens: for catalogues so large that encoding every card takes an hour.
 
 Every token is encoded alone, once; a text's mean over its tokens then goes through an affine map that was fitted, by
-ridge regression on a sample of this catalogue's own texts, to give what the encoder says of the whole text.
+ridge regression on a sample of this catalogue's own texts, to approximate the encoder's vector of the whole text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .minilm import END, START, WIDTH, Encoder, Vectors
 
 SAMPLE = 2000  # texts that are encoded whole to fit the map
-_RIDGE = 90  # cards' worth of belief that the map is nothing: the best of 1 to 1200 on the real catalogue
+_RIDGE = 90  # ridge penalty, in cards: the best of 1 to 1200 on the real catalogue
 _CHUNK = 512  # texts that are split into tokens at once
 _MEANS = 64  # texts whose tokens' vectors are in memory at once: about 5 MB
 

@@ -17,7 +17,7 @@ START, END = 101, 102  # the tokens that every text begins and ends with
 FOLDER = Path(__file__).parent
 _REMEMBERED = 4096  # vectors of 1.5 KB
 _FEW = 16
-_RUN = 128  # tokens that are encoded at once: more make attention dearer, fewer read the weights more often
+_RUN = 128  # tokens encoded at once: more make attention more expensive, fewer read the weights more often
 Vectors = NDArray[np.float32]
 
 
@@ -60,9 +60,9 @@ class Encoder:
         return self.encode_rows(self.token_rows(distinct))[[place[text] for text in texts]]
 
     def encode_remembering(self, texts: Sequence[str]) -> Vectors:
-        """Return what ``encode`` does: a text's vector is its own, so what was encoded lately is not encoded again.
+        """Like ``encode``, with a cache: a text's vector does not depend on the batch, so recent texts are not encoded again.
 
-        For requests, whose nouns and scenes come back. May be called from any thread.
+        For requests, whose nouns and scenes recur. May be called from any thread.
         """
         known = self._remembered  # another thread may begin a new one
         missing = [text for text in dict.fromkeys(texts) if text not in known]

@@ -1,1 +1,1 @@
-"""The Check-in index: built from the cards, published beside them, read by memory map."""
+"""The Check-in index: built from the cards, published beside them, memory-mapped to read."""

@@ -1,4 +1,4 @@
-"""Build the Check-in index of a catalogue: its words once through the cards, then its vectors.
+"""Build the Check-in index of a catalogue: one pass over the cards for terms, then the vectors.
 
 Cards are read one by one and kept as numbers, so that 75 000 of them need little memory.
 """
@@ -76,8 +76,8 @@ def class_terms(cards: Iterable[Card]) -> set[str]:
 def honest(card: Card, nouns: set[str]) -> Card:
     """Return a card without its tags and description when they are stuffed; ``nouns`` are the class nouns' terms.
 
-    Nobody's checkpoint is a dog, a teapot and a guitar: a text that names ten kinds of thing is there so that every
-    request finds it. So is text that says the same few words over and over.
+    Nobody's checkpoint is a dog, a teapot and a guitar: a text that names ten kinds of thing is there to match every
+    request. So is text that says the same few words over and over.
     """
     text = terms(card.description)[:_MAX_TERMS]
     repeats = len(text) > _LONG and len(set(text)) * _REPEATED < len(text)
@@ -93,7 +93,7 @@ def plain(card: Card) -> Card:
 
 @dataclass
 class _Words:
-    """What one walk over the cards leaves: terms numbered as they come, and everything in terms of those numbers."""
+    """The result of one pass over the cards: terms numbered as they come, and everything in terms of those numbers."""
 
     sentences: Sentences
     numbers: dict[str, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Write arrays as a safetensors file, and memory-map one: pages are read when they are used, and shared between processes."""
+"""Write arrays as a safetensors file, and memory-map one: pages are read on use, and shared between processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sentences that stand for cards, taken in one by one, and their vectors: whole, or composed in a large catalogue."""
+"""The sentences that represent cards, added one by one, and their vectors: encoded whole, or composed in a large catalogue."""
 
 from __future__ import annotations
 

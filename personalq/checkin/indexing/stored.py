@@ -1,4 +1,4 @@
-"""The cards beside the index, read one by one: a large catalogue is asked without holding it."""
+"""The cards beside the index, read one by one, so that a large catalogue need not fit in memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class StoredCards(Sequence[Card]):
 
 
 def store_cards(cards: Iterable[Card], folder: Path) -> StoredCards:
-    """Write cards into ``folder`` as they come, and return them as they lie there."""
+    """Write cards into ``folder`` one by one, and return them as stored."""
     ends, total = array("q"), 0
     with (folder / _FILE).open("wb") as file:
         for card in cards:

@@ -1,4 +1,4 @@
-"""A table of texts in three arrays, looked up without reading it whole: what a dict costs in memory, paged from disk."""
+"""A table of texts in arrays, looked up without reading all of it: a dict that is paged from disk instead of held in memory."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The words of requests and cards: terms, intent, other languages, typing errors."""
+"""The words of requests and cards: terms, intent, other languages, typos."""

@@ -1,4 +1,4 @@
-"""Render a request in English word for word when it is written in another language: cards and encoder are English.
+"""Translate a request from another language word for word, because cards and encoder are English.
 
 Knows words, no grammar beyond word order: adjectives go before their noun, and what Korean and Japanese mark as a place
 or an object after the noun is put where English has it. Unknown words stay as they are: they may be names.

@@ -1,4 +1,4 @@
-"""Read mistyped words of a request as the words that the cards use. Knows letters, not meaning."""
+"""Correct typos in a request to words that the cards use. Knows letters, not meaning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The best of many scores, in an order that is always the same."""
+"""The best of many scores, in a deterministic order."""
 
 from __future__ import annotations
 

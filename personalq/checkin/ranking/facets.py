@@ -1,4 +1,4 @@
-"""What of a request each card has: in which field its words are, what they leave out, and what clashes.
+"""How each card matches a request: which field has its words, which words are missing, and what clashes.
 
 ``match[t, f, c]`` is how much field f of card c has term t.
 """

@@ -1,4 +1,4 @@
-"""Numbers that say how well a card fits a request, for every card of a shortlist: what the posterior is made from."""
+"""Features that say how well each card of a shortlist fits a request: the input of the posterior."""
 
 from __future__ import annotations
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from personalq.bundle import SPEC, Manifest, bundle_key, check_files, file_sha256, inside
 from personalq.errors import PersonalQError
 from personalq.goldens import GOLDEN
+from personalq.repository.settings import Settings
 from personalq.spec import read_spec
 from personalq.weights.header import read_header
+from personalq.weights.models import read_token_ids
 
 from ..check import Check, none_of
 from ..subject import Sources
@@ -20,7 +22,7 @@ def files_intact(bundle: Path, manifest: Manifest) -> Check:
 
 
 def consistent(bundle: Path, manifest: Manifest, sources: Sources) -> Iterator[Check]:
-    """The key is the hash of its parts, and each part is that of what lies in the bundle."""
+    """The key is the hash of its parts, and each part matches the contents of the bundle."""
     parts = manifest.key_parts
     yield none_of("key is the hash of its parts", _differs({"key": (manifest.key, bundle_key(parts))}))
     golden = inside(bundle, GOLDEN)
@@ -42,6 +44,29 @@ def consistent(bundle: Path, manifest: Manifest, sources: Sources) -> Iterator[C
             else []
         )
         yield none_of("checkpoint is as it was exported", problem)
+    if sources.settings is not None:
+        yield none_of("scheduler is the checkpoint's", _scheduler_differs(manifest, sources.settings))
+        yield none_of("tokenizers are the checkpoint's", list(_tokenizers_differ(bundle, sources.settings)))
+
+
+def _scheduler_differs(manifest: Manifest, settings: Settings) -> list[str]:
+    """The fields in which the bundle's scheduler is not the one that the checkpoint, or its base, ships now."""
+    ours, theirs = manifest.scheduler, settings.scheduler.settings
+    return [
+        f"manifest.json: scheduler.{name}: must be {theirs.get(name)!r}, got {ours.get(name)!r}; export the checkpoint again"
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _tokenizers_differ(bundle: Path, settings: Settings) -> Iterator[str]:
+    """Each tokenizer of the bundle that gives a word of the checkpoint's tokenizer another id; it may know more words."""
+    for name, folder in settings.tokenizers.items():
+        ours, theirs = read_token_ids(bundle, f"{name}.json"), read_token_ids(folder)
+        odd = next((token for token, number in theirs.items() if ours.get(token) != number), None)
+        if odd is not None:
+            got = ours.get(odd, "none")
+            yield f"{name}.json: id of {odd!r} must be {theirs[odd]}, got {got}; export the checkpoint again"
 
 
 def _spec_check(bundle: Path, manifest: Manifest) -> Check:

@@ -17,7 +17,7 @@ from .limits import REST_ROW_SNR_DB
 
 Float = npt.NDArray[np.float32]
 TIME_BINS = ((750, 1001, "750-999"), (500, 750, "500-749"), (250, 500, "250-499"), (0, 250, "0-249"))
-SAMPLER = "ddim"  # the goldens' own
+SAMPLER = "ddim"  # of the goldens' single steps
 SCHEDULER_SNR_DB = 60.0  # float32 on both sides; another prediction type gives 10 dB or less
 SMALLEST_MASS = 0.02  # of a layer's attention: under it, a share of the trigger's mass says nothing
 

@@ -19,7 +19,7 @@ from ..subject import Subject
 
 # Ops that round to integers. The row encoder spells its quantiser out: Round, Clip, Cast to INT8.
 QUANTISERS = ("QuantizeLinear", "DynamicQuantizeLinear", "Round")
-# A kept row's way ends where it is multiplied with something else: what comes out is attention, no longer a row.
+# A kept row is followed until it is multiplied by something else: the result is attention, no longer a row.
 PRODUCTS = ("MatMul", "Softmax", "Gemm", "Attention", "MultiHeadAttention", "Shape", "Size")
 COMPONENT_OF = {"unet": "unet", "text_rows": "unet", "vae_decoder": "vae"}
 COMPONENT_OF |= {name: name for name in ("text_encoder", "text_encoder_2")}

@@ -66,7 +66,7 @@ def _drawn_pairs(subject: Subject, extra: int) -> Pairs:
 
 
 def _draw(subject: Subject, pipeline: Pipeline, prompts: list[str], noises: Noises) -> Images:
-    settings = {"steps": subject.steps, "guidance": subject.guidance}
+    settings = {"steps": subject.steps, "guidance": subject.guidance, "sampler": subject.sampler}
     return np.stack([pipeline.image(literal(p), noise=x, **settings) for p, x in zip(prompts, noises, strict=True)])
 
 

@@ -1,4 +1,4 @@
-"""The same bundle on two targets, output by output: what one engine computes beside what ONNX Runtime computes."""
+"""The same bundle on two targets, output by output: another engine compared with ONNX Runtime."""
 
 from collections.abc import Iterator
 

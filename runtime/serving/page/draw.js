@@ -53,7 +53,7 @@ function body(state) {
     model: byId("model").value,
     steps: number("steps"),
     seed: number("seed"),
-    sampler: byId("sampler").value,
+    sampler: byId("sampler").value || undefined,
     negative_prompt: byId("negative").value,
     answers: state.answers,
   };
@@ -122,7 +122,7 @@ function finish(state, asked, event) {
   byId("compare").disabled = !state.names.get(told.checkpoint)?.has_reference;
   byId("compare").title = byId("compare").disabled ? "This checkpoint has no unquantised bundle" : "";
   byId("caption").hidden = false;
-  say("Done.");
+  say(["Done.", ...event.warnings].join(" "));
 }
 
 function ask(state, error) {

@@ -16,7 +16,7 @@ from calibration.model.independent import checked_against
 from calibration.model.pipeline import load_pipeline
 from personalq.errors import RepositoryError
 from personalq.repository import Repository
-from personalq.weights.edits import LowRank
+from personalq.weights.deltas.edits import LowRank
 from tests.personalq.weights.test_deltas import LORAS, load, make_lora, processors
 
 TOOL = f"diffusers {version('diffusers')}"
@@ -106,6 +106,18 @@ def test_what_diffusers_drops_is_not_compared_with_it(repository: Repository) ->
     assert checked_against(repository, card) == f"not checked: {TOOL} drops the lengths of this DoRA ({key})"
 
 
+def test_names_that_diffusers_passes_over_are_not_compared_with_it(repository: Repository) -> None:
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+    def without_component(base: Path, folder: Path) -> None:
+        halves = {f"{name}.lora_A.weight": torch.randn(4, 64), f"{name}.lora_B.weight": torch.randn(64, 4)}
+        save_file(halves, folder / "lora.safetensors")
+
+    card = written(repository, "lora", without_component)
+    said = f"not checked: {TOOL} passes over some names of this LoRA ({name}.lora_A.weight)"
+    assert checked_against(repository, card) == said
+
+
 def test_what_diffusers_cannot_load_is_said_in_one_line(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +143,8 @@ def test_the_spec_says_what_its_reference_was_checked_against(repository: Reposi
 
 def test_a_library_that_fails_is_one_line(repository: Repository) -> None:
     card = written(repository, "lora", kohya)
-    (repository.root / "bases" / "tiny" / "scheduler" / "scheduler_config.json").write_text("{")
+    config = repository.root / "bases" / "tiny" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"norm_num_groups": 5}))  # of 32 channels
     with pytest.raises(
         RepositoryError, match=r"one: must load into the models of its base's configs, got \w+: "
     ) as one:

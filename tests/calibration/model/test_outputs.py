@@ -1,6 +1,7 @@
 """Goldens of what the UNet computes inside: the samples are those of real outputs, and old goldens are noticed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,11 @@ import pytest
 from safetensors import safe_open
 
 from personalq.goldens import TENSORS, sample_positions
+from personalq.scheduler import BaseScheduler, read_scheduler
+
+
+def scheduler(repository) -> BaseScheduler:
+    return read_scheduler(repository.root / "bases" / "tiny", is_xl=False)
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +23,8 @@ def written(rex, tmp_path_factory) -> Path:
 
     path = tmp_path_factory.mktemp("reference") / "reference.safetensors"
     pipe, card = load_pipeline(rex, rex.card("rex")), rex.card("rex")
-    write_reference(pipe, card, path, steps=3, guidance=2.0, checkpoint_sha256="abc")
+    told = {"steps": 3, "guidance": 2.0, "checkpoint_sha256": "abc", "checked_against": ""}
+    write_reference(pipe, card, path, scheduler=scheduler(rex), **told)
     return path
 
 
@@ -49,12 +56,15 @@ def test_samples_are_values_of_the_layers_real_outputs(rex, written):
     np.testing.assert_allclose(tensors["attention"].sum(axis=-1), 1, atol=1e-5)
 
 
-def test_goldens_of_another_format_or_checkpoint_are_not_current(written, tmp_path):
+def test_goldens_of_another_format_checkpoint_or_scheduler_are_not_current(rex, written, tmp_path):
     from calibration.model.reference import is_current
 
-    assert is_current(written, "abc")
-    assert not is_current(written, "abd")
-    assert not is_current(tmp_path / "none.safetensors", "abc")
+    drawn = scheduler(rex)
+    assert is_current(written, "abc", drawn)
+    assert not is_current(written, "abd", drawn)
+    assert not is_current(tmp_path / "none.safetensors", "abc", drawn)
+    other = replace(drawn, settings={**drawn.settings, "prediction_type": "v_prediction"})
+    assert not is_current(written, "abc", other)
 
 
 def test_positions_follow_the_name_and_stay_inside():

@@ -23,7 +23,9 @@ from personalq.architecture import read_configs
 from personalq.errors import RepositoryError, SpecError
 from personalq.repository import Repository
 from personalq.spec import SpecFile
-from runtime.drawing.pipeline import start_noise
+from runtime.drawing.pipeline import Pipeline, start_noise
+from runtime.engines.engine import unet_feed
+from runtime.engines.ort import OrtEngine
 from runtime.engines.sessions import open_session
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'personalq[export]'")
@@ -62,7 +64,11 @@ def test_text_embeddings_equal_diffusers(made: Made) -> None:
         assert np.abs(ours.pooled - pooled.numpy()).max() <= TOLERANCE
 
 
-@pytest.mark.parametrize(("batch", "height", "width"), [(1, 8, 8), (3, 8, 12), (2, 16, 4)])
+# Odd sides do not halve evenly: each downsampling rounds up, and each upsampling stops where its skip connection does.
+SIZES = [(1, 8, 8), (3, 8, 12), (2, 16, 4), (1, 9, 8), (2, 7, 11), (1, 5, 12), (1, 3, 1)]
+
+
+@pytest.mark.parametrize(("batch", "height", "width"), SIZES)
 def test_the_unet_equals_torch_at_any_batch_height_and_width(made: Made, batch: int, height: int, width: int) -> None:
     sample = np.random.default_rng(1).standard_normal((batch, 4, height, width)).astype(np.float32)
     rows = made.pipeline.rows(PROMPT).conditioning
@@ -87,9 +93,15 @@ def added_conditions(pooled: Any, sample: np.ndarray) -> dict[str, Any]:
     return {"text_embeds": pooled, "time_ids": ids}
 
 
-@pytest.mark.parametrize("negative", [None, "a blue forest"])
-def test_pictures_equal_diffusers(made: Made, negative: str | None) -> None:
-    noise = start_noise(3, (4, 8, 12))
+@pytest.mark.parametrize(
+    ("negative", "height", "width"), [(None, 8, 12), ("a blue forest", 8, 12), (None, 9, 13), (None, 7, 4)]
+)
+def test_pictures_equal_diffusers(
+    made: Made, negative: str | None, height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latents of odd sides too; diffusers' pipelines ask for a multiple of 8 pixels, whatever the VAE's scale is."""
+    monkeypatch.setattr(made.pipe, "check_inputs", lambda *_, **__: None)
+    noise = start_noise(3, (4, height, width))
     ours = made.pipeline.image(PROMPT, negative_prompt=negative or "", steps=3, guidance=4.0, noise=noise)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -98,8 +110,8 @@ def test_pictures_equal_diffusers(made: Made, negative: str | None) -> None:
             negative_prompt=negative,
             num_inference_steps=3,
             guidance_scale=4.0,
-            height=16,
-            width=24,
+            height=2 * height,
+            width=2 * width,
             latents=torch.from_numpy(noise)[None],
             output_type="np",
         ).images[0]
@@ -128,6 +140,24 @@ def test_both_lowerings_of_every_family_hold_the_same_integers_and_the_lint_is_s
         first, second = (one[f"{name}.weight"] for one in stored)
         assert first.dtype == second.dtype == np.int8 and np.array_equal(first, second), name
     assert lint_trt(bundle / "unet.trt.onnx") == []
+
+
+@pytest.mark.parametrize(("height", "width"), [(9, 7), (5, 12)])
+def test_both_lowerings_draw_odd_sizes_as_near_to_torch_as_even_ones(
+    made: Made, quantised: tuple[SpecFile, Path], height: int, width: int
+) -> None:
+    """In integers, and the TensorRT graph, float16 around the same integers, on ONNX Runtime's CPU kernels."""
+    pipeline = Pipeline(OrtEngine(quantised[1], threads=1))
+    told = pipeline.rows(PROMPT).conditioning
+    errors = {}
+    for h, w in ((8, 8), (height, width)):
+        sample = np.random.default_rng(1).standard_normal((1, 4, h, w)).astype(np.float32)
+        wanted = predict(made, sample, 321.0)
+        whole = {"sample": sample, "timestep": np.float32([321.0]), **unet_feed(pipeline.manifest, told, h, w)}
+        session = ort.InferenceSession(str(quantised[1] / GRAPH), providers=["CPUExecutionProvider"])
+        found = pipeline.engine.denoiser(told, h, w)(sample, 321.0), session.run(None, whole)[0]
+        errors[h, w] = [np.linalg.norm(one - wanted) / np.linalg.norm(wanted) for one in found]
+    assert all(odd <= 1.5 * even for odd, even in zip(errors[height, width], errors[8, 8], strict=True)), errors
 
 
 def test_onnx_runtime_computes_every_layer_of_every_family_as_the_spec_says(
@@ -179,9 +209,11 @@ def run(model: onnx.ModelProto, x: np.ndarray, file: Path) -> np.ndarray:
 
 
 @pytest.mark.trt
-def test_every_family_compiles_to_what_the_spec_says(quantised: tuple[SpecFile, Path]) -> None:
+@pytest.mark.parametrize("sides", [(0, 0), (18, 14)], ids=["the base's size", "odd latents"])
+def test_every_family_compiles_to_what_the_spec_says(quantised: tuple[SpecFile, Path], sides: tuple[int, int]) -> None:
     spec_file, bundle = quantised
-    require_compiles(bundle / GRAPH, graph_shapes(bundle, BuildSettings()), spec_file)
+    height, width = ((side, side, side) for side in sides)
+    require_compiles(bundle / GRAPH, graph_shapes(bundle, BuildSettings(height=height, width=width)), spec_file)
 
 
 def test_refit_is_tried_on_every_input_that_an_architecture_has(made: Made) -> None:

@@ -228,6 +228,7 @@ def test_the_documented_export_commands_are_understood():
         cli.commands["export"].make_context("export", words[2:])
 
 
+@pytest.mark.optimum
 @pytest.mark.skipif(not PYTHON, reason="optimum has an environment of its own: make test-optimum")
 @pytest.mark.parametrize("case", ["plain", "learned tokens", "sdxl"])
 def test_the_real_optimum_draws_our_own_pipelines_picture(exported, folders, tmp_path, case):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402  (after the ski
 
 from personalq.repository import Repository  # noqa: E402
 from personalq.weights.header import read_header  # noqa: E402
-from personalq.weights.original import places  # noqa: E402
+from personalq.weights.one_file.original import places  # noqa: E402
 from tests.exporters import architectures  # noqa: E402
 
 PREFIX = {"sd1": "cond_stage_model.transformer.", "sd2": "cond_stage_model.model."}

@@ -37,10 +37,10 @@ def test_what_was_not_used_is_told(repository: Repository, tmp_path: Path, caplo
         made = generate(repository, "a (<moss-mug>:1.2) AND snow <lora:moss-mug:1>", tmp_path / "a.png", ORDER)
     assert made.warnings == (
         "prompt: AND: prompts cannot be composed: it is read as the word 'and'",
-        "negative prompt: '(' at character 2 is never closed: it is read as a bracket",
+        "negative_prompt: '(' at character 2 is never closed: it is read as a bracket",
     )
     assert made.prompt == "a (<moss-mug>:1.2) AND snow <lora:moss-mug:1>"
-    assert sorted(caplog.messages) == sorted(text.replace("negative ", "") for text in made.warnings)
+    assert sorted(caplog.messages) == sorted(text.replace("negative_", "") for text in made.warnings)
     assert (tmp_path / "a.png").is_file()
 
 

@@ -105,21 +105,21 @@ def test_warnings_are_known_before_anything_is_encoded(
     open_bracket = "prompt: '(' at character 2 is never closed: it is read as a bracket"
     composed = "prompt: AND: prompts cannot be composed: it is read as the word 'and'"
     negative = (
-        "negative prompt: [cat|dog]: words cannot change between steps: all of it is read as words, divided by 1.1"
+        "negative_prompt: [cat|dog]: words cannot change between steps: all of it is read as words, divided by 1.1"
     )
     left_out = "prompt: BREAK: this bundle takes one chunk of text on this target: it is left out"
     assert pipeline.warnings(picture) == (open_bracket, composed, negative)
     assert fixed.warnings(picture) == (open_bracket, composed, left_out, negative)
     assert pipeline.warnings(Picture(LONG)) == pipeline.warnings(Picture(PROMPT)) == ()
     (told,) = fixed.warnings(Picture(LONG))
-    assert told.startswith("prompt: only 77 tokens fit; 20 words are cut, from 'the' on: 'the snow in the snow")
+    assert told == "prompt: only 77 tokens fit; 20 words are cut, from 'the' on; shorten it"
 
 
 def test_a_flood_of_chunks_ends_and_is_told(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "personalq.runtime"):
         rows = pipeline.rows("snow BREAK " * 100 + "dog")
     assert rows.n_rows == 77 * MOST_CHUNKS
-    assert caplog.messages[0].startswith("prompt: only 616 tokens fit; 93 words are cut, from 'snow' on: 'snow")
+    assert caplog.messages == ["prompt: only 616 tokens fit; 93 words are cut, from 'snow' on; shorten it"]
     with pytest.raises(
         PromptError, match="its trigger 'sks' must be within the first 616 tokens, got it in what is cut"
     ):

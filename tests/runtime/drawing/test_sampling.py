@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from personalq.errors import EngineError
-from runtime.drawing.schedule import DEFAULTS, schedule_from_config
+from personalq.scheduler import CLASSES
+from runtime.drawing.schedule import schedule_from_config
 
 BASE = {
     "_class_name": "DDIMScheduler",
@@ -34,7 +35,7 @@ def test_other_schedulers_lend_their_betas_and_spacing(name: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' other schedulers on numpy 2
 def test_defaults_are_those_of_diffusers() -> None:
     theirs = pytest.importorskip("diffusers")
-    for name in DEFAULTS:
+    for name in CLASSES:
         scheduler = getattr(theirs, name)()
         schedule = schedule_from_config({"_class_name": name})
         assert np.allclose(schedule.alphas_cumprod, scheduler.alphas_cumprod.numpy(), atol=1e-6), name

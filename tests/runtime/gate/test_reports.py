@@ -106,18 +106,11 @@ def test_ssim_is_scikit_images() -> None:
     assert ssim(a, a) == 1.0
 
 
-def chromium() -> str:
-    found = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-    )
-    return found or pytest.skip("no chromium: apt install chromium")
-
-
 @pytest.mark.slow
-def test_the_page_opens_in_a_browser(bundle: Path, tmp_path: Path) -> None:
+def test_the_page_opens_in_a_browser(chromium: str, bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     file.write_text(html([run_gate(bundle, Options(threads=1)), evil_report()]))
-    command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run(
         [*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=180, check=True
     )

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,40 @@ def _wait_until(is_so: Callable[[], Any], seconds: float = 30) -> None:
 def served(made_bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One server for every test that only asks it for things."""
     with running(make_repository(tmp_path_factory.mktemp("served") / "repo", made_bundles)) as one:
+        yield one
+
+
+class _Page(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><title>app</title>")
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="session")
+def elsewhere() -> Iterator[str]:
+    """The origin of another site: of this machine, as browsers ask before a page of the net may reach it."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def locked(
+    made_bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, elsewhere: str
+) -> Iterator[Running]:
+    """A server with an API key, which the pages of two other sites may use."""
+    from runtime.serving.options import read_keys
+
+    folder, key = tmp_path_factory.mktemp("locked"), "0123456789abcdef0123"
+    (folder / "keys").write_text(f"{key}\n")
+    options = {"key_digests": read_keys(folder / "keys"), "key": key, "origins": ("http://app.example", elsewhere)}
+    with running(make_repository(folder / "repo", made_bundles), **options) as one:
         yield one
 
 

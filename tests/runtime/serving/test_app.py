@@ -75,7 +75,7 @@ def test_a_url_can_be_fetched(served: Any) -> None:
     assert "b64_json" not in row
     fetched = served.client.get(row["url"])
     assert fetched.headers["content-type"] == "image/png" and pixels(fetched.content).shape == (16, 16, 3)
-    gone = served.client.get("/v1/images/nothing")
+    gone = served.client.get("/v1/images/files/nothing.png")
     assert gone.status_code == 404 and gone.json()["error"]["code"] == "gone"
 
 
@@ -107,14 +107,22 @@ def test_a_stream_has_progress_previews_and_the_picture(served: Any) -> None:
     ("body", "status", "code", "message"),
     [
         ({"model": "mos-mug"}, 404, "model_not_found", "nearest: moss-mug"),
-        ({"size": "17x16"}, 400, "invalid", "width: must be a multiple of 2, got 17; choose another size"),
+        ({"size": "17x16"}, 400, "invalid", "width: must be a multiple of 2, got 17; nearest: 16 or 18"),
         ({"size": "big"}, 400, "size", "size: must be 'auto' or WIDTHxHEIGHT, got 'big'"),
         ({"size": "9000x9000"}, 400, "limit", "size: must be at most 1048576 pixels, got 81000000"),
-        ({"n": 5}, 400, "limit", "n: must be at most 4 on this server, got 5"),
+        ({"n": 11}, 400, "limit", "n: must be at most 10 on this server, got 11"),
         ({"steps": 151}, 400, "limit", "steps: must be at most 150 on this server, got 151"),
         ({"prompt": "x" * 2001}, 400, "limit", "prompt: must be at most 2000 characters, got 2001; shorten it"),
         ({"prompt": ""}, 400, "invalid_request", "prompt: String should have at least 1 character"),
-        ({"colour": "red"}, 400, "invalid_request", "colour: Extra inputs are not permitted"),
+        (
+            {"colour": "red"},
+            400,
+            "unknown_parameter",
+            "colour: must be a field of this request, got a name that is not",
+        ),
+        ({"output_compression": 50}, 400, "output_compression", "output_compression: must be 100 for png, got 50"),
+        ({"output_format": "gif"}, 400, "invalid_request", "output_format: Input should be 'png', 'jpeg' or 'webp'"),
+        ({"prompt": None}, 400, "missing_required_parameter", "prompt: must be given; add it"),
         ({"sampler": "plms"}, 400, "sampler", "sampler: must be one of ddim, "),
         ({"prompt": "snow " * 74 + "sks mug"}, 400, "PromptError", "prompt: its trigger 'sks' must be within"),
     ],

@@ -81,8 +81,12 @@ def on_ray(made_bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
         cluster.shutdown()
 
 
+def opened(row: dict[str, Any]) -> Any:
+    return Image.open(io.BytesIO(base64.b64decode(row["b64_json"])))
+
+
 def pixels(row: dict[str, Any]) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(row["b64_json"]))))
+    return np.asarray(opened(row))
 
 
 def test_the_official_client_is_answered_as_by_one_machine(on_ray: OnRay) -> None:
@@ -122,6 +126,21 @@ def test_the_page_its_url_pictures_and_the_catalogue_are_there(on_ray: OnRay) ->
     assert on_ray.client.get(url).headers["content-type"] == "image/png"
     assert on_ray.client.post("/v1/checkin", json={"request": "my mug"}).json()["checkpoint"] == "moss-mug"
     assert "personalq_images_total" in on_ray.client.get("/metrics").text
+
+
+def test_what_clients_send_is_answered_as_by_one_machine(on_ray: OnRay) -> None:
+    answer = on_ray.draw("rex", n=10, steps=1, size="16x16", output_format="webp", quality="hd", user=None).json()
+    assert [row["personalq"]["seed"] for row in answer["data"]] == list(range(3, 13))
+    assert all(opened(row).format == "WEBP" for row in answer["data"])
+    assert answer["warnings"] == ["quality: has no effect here"] and answer["size"] == "16x16"
+    head = on_ray.client.head(on_ray.draw("rex", response_format="url", steps=1).json()["data"][0]["url"])
+    assert (head.status_code, head.headers["content-type"], head.content) == (200, "image/png", b"")
+    assert on_ray.client.post("/v1/images/generations/", json={"prompt": "x", "model": "none"}).status_code == 404
+    for method, path, status in (("GET", "/nothing", 404), ("DELETE", "/v1/models", 405)):
+        refused = on_ray.client.request(method, path)
+        assert refused.status_code == status and refused.json()["error"]["type"] == "invalid_request_error"
+    large = on_ray.client.post("/v1/images/edits", content=b"x" * 12_000_000)
+    assert large.status_code == 400 and large.json()["error"]["code"] == "not_supported"
 
 
 def test_requests_go_to_the_replica_that_holds_the_engine(on_ray: OnRay) -> None:

@@ -1,27 +1,20 @@
 """The page in a real browser: from the request, through the question, to the picture; by keyboard; nothing from elsewhere."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed: pip install 'personalq[dev]'")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SECONDS = 60_000  # milliseconds, as Playwright counts
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser(chromium: str) -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
-    found = os.environ.get("PERSONALQ_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
     with sync_playwright() as playwright:
-        found = found or playwright.chromium.executable_path
-        if not os.path.exists(found):
-            pytest.skip("no Chromium here: install Debian's chromium, or run 'playwright install chromium'")
-        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield opened
         opened.close()
 
@@ -137,3 +130,56 @@ def test_a_narrow_screen_has_no_sideways_scroll(browser: Any, served: Any) -> No
         page.wait_for_timeout(200)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.close()
+
+
+@pytest.fixture
+def site(browser: Any, elsewhere: str) -> Iterator[Any]:
+    """A page of another site, which may use the `locked` server."""
+    page = browser.new_page()
+    page.set_default_timeout(SECONDS)
+    page.goto(elsewhere)
+    yield page
+    page.close()
+
+
+DRAW_ELSEWHERE = """async ([url, key, more]) => {
+  const headers = { "Content-Type": "application/json", "X-Stainless-OS": "Unknown", Authorization: `bearer ${key}` };
+  const body = JSON.stringify({ prompt: "sks mug", model: "moss-mug", steps: 1, n: null, ...more });
+  const answer = await fetch(`${url}/v1/images/generations`, { method: "POST", headers, body });
+  return [answer.status, await answer.json(), answer.headers.get("x-request-id")];
+}"""
+
+
+def test_a_page_of_an_allowed_site_draws_and_shows_the_picture_in_an_img(site: Any, locked: Any) -> None:
+    status, answer, request = site.evaluate(DRAW_ELSEWHERE, [locked.url, locked.key, {"response_format": "url"}])
+    assert status == 200 and len(request) == 16
+    show = """(src) => new Promise((done) => {
+      const image = document.body.appendChild(document.createElement("img"));
+      image.onload = () => done(image.naturalWidth);
+      image.onerror = () => done(0);
+      image.src = src;
+    })"""
+    assert site.evaluate(show, answer["data"][0]["url"]) == 16  # an <img> sends no key
+    assert site.evaluate(show, f"{locked.url}/v1/models/rex/sheet") == 0
+
+
+def test_a_page_of_an_allowed_site_can_read_why_it_is_refused(site: Any, locked: Any) -> None:
+    status, answer, _ = site.evaluate(DRAW_ELSEWHERE, [locked.url, "wrong", {}])
+    assert status == 401 and answer["error"]["code"] == "invalid_api_key"
+
+
+def test_a_page_of_another_site_cannot_ask(site: Any, served: Any) -> None:
+    before = served.service.drawing.outstanding
+    tried = "async (told) => { try { await (%s)(told); return 'asked'; } catch (error) { return error.name; } }"
+    assert site.evaluate(tried % DRAW_ELSEWHERE, [served.url, "none", {}]) == "TypeError"
+    assert served.service.drawing.outstanding == before
+
+
+def test_what_did_not_fit_is_said_beside_the_picture(page: Any) -> None:
+    page.wait_for_selector("#model option[value=moss-mug]", state="attached")
+    page.click("details.more summary")
+    page.select_option("#model", "moss-mug")
+    page.fill("#request", "sks mug " + " ".join(f"w{i}" for i in range(300)))
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#caption:not([hidden])")
+    assert page.inner_text("#status").startswith("Done. prompt: only ")

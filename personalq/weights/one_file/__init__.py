@@ -1,0 +1,1 @@
+"""Whole models in one file, in the original layout: where each parameter lies, and what the file does not hold."""

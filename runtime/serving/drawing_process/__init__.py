@@ -1,0 +1,1 @@
+"""The process that draws: started by the HTTP process, fed over pipes, replaced when it dies."""
