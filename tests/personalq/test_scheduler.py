@@ -8,17 +8,14 @@ from typing import Any
 import pytest
 
 from personalq.errors import RepositoryError
-from personalq.scheduler import CLASSES, CONFIG, read_scheduler, sampler_of, settings_of
+from personalq.scheduler import CLASSES, BaseScheduler, resolve_scheduler, sampler_of, settings_of
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PNDM = {"_class_name": "PNDMScheduler", **BETAS, "skip_prk_steps": True}
 
 
-def base(folder: Path, config: Any, index: dict[str, Any] | None = None) -> Path:
-    (folder / "scheduler").mkdir(exist_ok=True)
-    (folder / CONFIG).write_text(config if isinstance(config, str) else json.dumps(config))
-    (folder / "model_index.json").write_text(json.dumps(index or {}))
-    return folder
+def resolve(config: dict[str, Any], index: dict[str, Any] | None = None, *, is_xl: bool = False) -> BaseScheduler:
+    return resolve_scheduler(config, index or {}, is_xl=is_xl, where="base")
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -39,9 +36,10 @@ def test_a_base_has_the_settings_that_diffusers_pipeline_has(name: str, saved: s
     """StableDiffusionPipeline overrules steps_offset and clip_sample; SDXL's does not."""
     diffusers = pytest.importorskip("diffusers")
     kind = getattr(diffusers, name)
-    kind().save_pretrained(tmp_path / "scheduler")
-    config = json.loads((tmp_path / CONFIG).read_text()) if saved == "as saved today" else {"_class_name": name}
-    read = read_scheduler(base(tmp_path, config), is_xl=False)
+    kind().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "scheduler_config.json").read_text())
+    config = written if saved == "as saved today" else {"_class_name": name}
+    read = resolve(config)
     nothing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor"))
     pipe = diffusers.StableDiffusionPipeline(**nothing, scheduler=kind(), requires_safety_checker=False)
     theirs = dict(pipe.scheduler.config)
@@ -51,31 +49,31 @@ def test_a_base_has_the_settings_that_diffusers_pipeline_has(name: str, saved: s
         k: v for k, v in read.settings.items() if k in theirs
     }
     plain = dict(kind().config)
-    xl = read_scheduler(tmp_path, is_xl=True).settings
+    xl = resolve(config, is_xl=True).settings
     assert {k: v for k, v in plain.items() if k in xl} == {k: v for k, v in xl.items() if k in plain}
     assert not any("not used" in note for note in read.notes)
 
 
-def test_what_is_not_as_the_file_says_is_said(tmp_path: Path) -> None:
+def test_what_is_not_as_the_file_says_is_said() -> None:
     config = {"_class_name": "DDIMScheduler", **BETAS, "colour": 1}
     overruled = "counts as {}, as in diffusers' StableDiffusionPipeline"
-    assert read_scheduler(base(tmp_path, config), is_xl=False).notes == (
+    assert resolve(config).notes == (
         f"scheduler: clip_sample True {overruled.format(False)}",
         f"scheduler: steps_offset 0 {overruled.format(1)}",
         "scheduler: not used, no scheduler knows it: colour",
     )
     said = {**PNDM, "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
-    assert read_scheduler(base(tmp_path, said), is_xl=False).notes == ()
+    assert resolve(said).notes == ()
 
 
-def test_the_class_is_the_one_that_model_index_names(tmp_path: Path) -> None:
+def test_the_class_is_the_one_that_model_index_names() -> None:
     index = {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
-    assert read_scheduler(base(tmp_path, PNDM, index), is_xl=True).sampler == "euler"
-    assert read_scheduler(base(tmp_path, PNDM, {"scheduler": [None, None]}), is_xl=True).sampler == "pndm"
+    assert resolve(PNDM, index, is_xl=True).sampler == "euler"
+    assert resolve(PNDM, {"scheduler": [None, None]}, is_xl=True).sampler == "pndm"
 
 
-def test_every_setting_is_in_the_hash(tmp_path: Path) -> None:
-    read = [read_scheduler(base(tmp_path, {**PNDM, "steps_offset": n}), is_xl=True).sha256() for n in (0, 1, 0)]
+def test_every_setting_is_in_the_hash() -> None:
+    read = [resolve({**PNDM, "steps_offset": n}, is_xl=True).sha256() for n in (0, 1, 0)]
     assert read[0] == read[2] != read[1]
 
 
@@ -148,19 +146,7 @@ def test_old_versions_words_are_read() -> None:
         ({"timestep_spacing": {}}, "timestep_spacing: must be one of leading, trailing, linspace, got {}; use another"),
     ],
 )
-def test_a_value_that_cannot_be_obeyed_is_refused_in_one_line(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_a_value_that_cannot_be_obeyed_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RepositoryError) as error:
-        read_scheduler(base(tmp_path, {**PNDM, **changes}), is_xl=False)
-    assert str(error.value).startswith(f"{tmp_path / CONFIG}: scheduler: {message}") and "\n" not in str(error.value)
-
-
-def test_a_config_that_is_no_config_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(RepositoryError, match=r"must be JSON, got .*; copy the base again$"):
-        read_scheduler(base(tmp_path, "{"), is_xl=False)
-    with pytest.raises(RepositoryError, match=r"must be a JSON object, got list; copy the base again$"):
-        read_scheduler(base(tmp_path, "[]"), is_xl=False)
-    (tmp_path / CONFIG).unlink()
-    with pytest.raises(RepositoryError, match=r"must exist in a base, got nothing; add the whole diffusers folder$"):
-        read_scheduler(tmp_path, is_xl=False)
+        resolve({**PNDM, **changes})
+    assert str(error.value).startswith(f"base: scheduler: {message}") and "\n" not in str(error.value)

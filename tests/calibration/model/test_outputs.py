@@ -9,11 +9,12 @@ import pytest
 from safetensors import safe_open
 
 from personalq.goldens import TENSORS, sample_positions
-from personalq.scheduler import BaseScheduler, read_scheduler
+from personalq.repository.settings import read_settings
+from personalq.scheduler import BaseScheduler
 
 
 def scheduler(repository) -> BaseScheduler:
-    return read_scheduler(repository.root / "bases" / "tiny", is_xl=False)
+    return read_settings(repository.root / "bases" / "tiny").scheduler
 
 
 @pytest.fixture(scope="module")
