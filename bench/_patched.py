@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy.typing as npt
 from bench.intervals import Interval, bootstrap
 from bench.quality import LARGEST_DB, export
 from personalq.numerics import psnr_db
-from runtime.drawing.pipeline import Picture, Pipeline, PromptRows
+from runtime.drawing.pipeline import Picture, Pipeline
+from runtime.drawing.prompter import PromptRows
 from runtime.engines.engine import Engine
 from runtime.engines.ort import OrtEngine
 
@@ -33,7 +35,7 @@ class Patched(Pipeline):
         if self.patch is None or prompt == "":
             return found
         changed = self.patch(prompt, found.conditioning["rows"])
-        return PromptRows({**found.conditioning, "rows": changed}, found.kept, found.text_embeds)
+        return replace(found, conditioning={**found.conditioning, "rows": changed})
 
     def pictures(self, prompts: list[str], seeds: int, patch: Patch | None = None) -> npt.NDArray[np.uint8]:
         """(prompts x seeds, H, W, 3), the seeds of a prompt side by side, with these rows patched."""

@@ -4,6 +4,7 @@ import logging
 import resource
 import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -53,7 +54,7 @@ from .tokenizer import write_tokenizers
 
 logger = logging.getLogger("personalq.exporters")
 
-EXPORTER_VERSION = "6"
+EXPORTER_VERSION = "7"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def export_checkpoint(
     checkpoint_dir = repository.checkpoint_dir(card.id)
     weights, settings = open_weights(base_dir, checkpoint_dir, card.kind), read_settings(base_dir, checkpoint_dir)
     family = open_family(repository.root / "families", base_dir, progress)
-    entry = checkpoint_entry(card, weights_sha256(base_dir, checkpoint_dir))
+    stems = sorted(file.stem for file in checkpoint_dir.glob("*.safetensors"))
+    entry = checkpoint_entry(card, weights_sha256(base_dir, checkpoint_dir), stems)
     for note in settings.scheduler.notes:
         logger.warning("%s: %s", card.base or card.id, note)
     told = {"checkpoint": entry.model_dump(), "latent": latent_of(settings.configs).model_dump()}
@@ -219,6 +221,7 @@ def manifest_of(job: Job, lowered: Lowered, text: Text) -> Manifest:
             width=sum(2 * layer.width for layer in spec.rows.layers),
             layers=spec.rows.layers,
             kept=spec.rows.kept,
+            is_open=True,
         ),
         text=text,
         latent=latent_of(job.settings.configs),
@@ -249,8 +252,8 @@ def finish(job: Job, folder: Path, root: Path) -> None:
     (folder / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update={"files": files})))
 
 
-def checkpoint_entry(card: Card, sha256: str) -> CheckpointEntry:
-    """What a bundle says of its checkpoint. sha256: of the weights."""
+def checkpoint_entry(card: Card, sha256: str, files: Sequence[str] = ()) -> CheckpointEntry:
+    """What a bundle says of its checkpoint. sha256: of the weights; files: the stems of its own."""
     return CheckpointEntry(
         id=card.id,
         name=card.name,
@@ -259,6 +262,7 @@ def checkpoint_entry(card: Card, sha256: str) -> CheckpointEntry:
         trigger=tuple(card.trigger),
         class_noun=card.class_noun,
         sha256=sha256,
+        files=tuple(files),
     )
 
 

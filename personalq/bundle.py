@@ -40,6 +40,7 @@ class CheckpointEntry(Frozen):
     trigger: tuple[str, ...] = ()
     class_noun: str = ""
     sha256: str
+    files: tuple[str, ...] = Field((), description="stems of its own weight files: what <lora:STEM:1> may call it")
 
 
 class SpecEntry(Frozen):
@@ -66,12 +67,14 @@ class Rows(Frozen):
     form 'split': inputs rest int8 (B,77,R), rest_scale float32 (B,77,2L), kept float16 (B,S,R), row_index int64 (B,77).
     form 'full' (reference bundles): one input rows float32 (B,77,R).
     text_rows.onnx: text_embeds float32 (B,77,C), kept_index int64 (B,S) -> rows float32, rest, rest_scale, kept.
+    is_open: the graphs take any number of rows in place of 77 (the `trt` lowering never does).
     """
 
     form: Literal["split", "full"]
     width: int
     layers: tuple[RowLayer, ...]
     kept: KeptTokens
+    is_open: bool = False
 
 
 class Text(Frozen):

@@ -68,28 +68,36 @@ def end_of_prompt(ids: Sequence[int], eos_id: int) -> int:
     raise PromptError(f"prompt: must contain the end token {eos_id}, got none; encode it with the bundle's tokenizer")
 
 
-def kept_positions(ids: Ids, kept: KeptTokens, eos_id: int) -> tuple[int, ...]:
-    """Positions (0..76) of the rows that stay FP16, most important first, at most `kept.slots`.
+def kept_positions(ids: Ids, kept: KeptTokens, eos_id: int, length: int = 77) -> tuple[int, ...]:
+    """Positions of the rows that stay FP16, most important first, at most `kept.slots`.
 
-    ids: (77,) int64 of one prompt. Order of importance: trigger, BOS, class noun, EOS, first padding row.
+    ids: (n*length,) int64 of one prompt's n chunks. Order of importance: trigger, BOS, class noun, EOS, first padding row,
+    of all chunks each.
     """
     tokens = [int(token) for token in ids]
-    end = end_of_prompt(tokens, eos_id)
-    words = tokens[:end]
+    starts = range(0, len(tokens), length)
+    chunks = [tokens[start : start + length] for start in starts]
+    ends = [end_of_prompt(chunk, eos_id) for chunk in chunks]
+    words = [chunk[:end] for chunk, end in zip(chunks, ends, strict=True)]
+
+    def occurrences(sequence: Sequence[int]) -> list[int]:
+        return [start + k for start, one in zip(starts, words, strict=True) for k in find_sequence(one, sequence)]
+
     chosen: list[int] = []
     for sequence in kept.trigger:
-        chosen += find_sequence(words, sequence)
-    chosen += [0] if kept.bos else []
+        chosen += occurrences(sequence)
+    chosen += starts if kept.bos else []
     for sequence in kept.class_noun:
-        chosen += find_sequence(words, sequence)
-    chosen += [end] if kept.eos else []
-    chosen += [end + 1] if kept.pad and end + 1 < len(tokens) else []
+        chosen += occurrences(sequence)
+    chosen += [start + end for start, end in zip(starts, ends, strict=True)] if kept.eos else []
+    if kept.pad:
+        chosen += [start + end + 1 for start, end in zip(starts, ends, strict=True) if end + 1 < len(chunks[0])]
     if kept.everything:
         chosen = list(range(len(tokens)))
     unique = tuple(dict.fromkeys(chosen))[: kept.slots]
     if kept.random_seed is None:
         return unique
-    generator = np.random.default_rng([kept.random_seed, *words])
+    generator = np.random.default_rng([kept.random_seed, *(token for one in words for token in one)])
     return tuple(sorted(int(i) for i in generator.choice(len(tokens), size=len(unique), replace=False)))
 
 
@@ -101,7 +109,10 @@ def kept_index(positions: Sequence[int], slots: int) -> Ids:
 
 
 def row_index(positions: Sequence[int], length: int = 77) -> Ids:
-    """(length,) int64: for each token, its row in Concat(rest rows, kept rows): i, or length + slot when kept."""
+    """(length,) int64: for each token, its row in Concat(rest rows, kept rows): i, or length + slot when kept.
+
+    length: of all chunks together.
+    """
     index = np.arange(length, dtype=np.int64)
     for slot, position in enumerate(positions):
         index[position] = length + slot

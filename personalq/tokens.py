@@ -4,7 +4,7 @@ It knows text and ids, not text encoders or which tokens matter.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .bundle import Text
+from .chunks import Chunks, Token, glued, split
 from .errors import BundleError, MissingExtraError, PromptError
+from .prompts import Prompt
 from .rows import Ids
 
 if TYPE_CHECKING:
     import tokenizers
 
+LONGEST_WORD = 40  # characters, in a warning
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt as the text encoder reads it.
+    """A text as it stands, brackets and all, as the text encoder reads it: what goldens are made from.
 
     ids: (77,) int64, BOS, words, EOS, padding. n_words: the tokens between BOS and EOS. cut: the text that did not fit.
     tokens: every token of the prompt, those that were cut too, without BOS and EOS.
@@ -41,6 +45,7 @@ class Tokenizer:
         self.text = text
         self._tokenizer = _read(file)
         self._expansions = _expansion_patterns(text.expansions)
+        self._comma: int | None = self._tokenizer.token_to_id(",</w>")
 
     def expand(self, prompt: str) -> str:
         """Write a multi-vector trigger out: '<tok>' -> '<tok> <tok>_1'. A trigger already written out stays as it is.
@@ -62,6 +67,46 @@ class Tokenizer:
         ids[: len(kept) + 2] = [self.text.bos_id, *kept, self.text.eos_id]
         cut = expanded[encoding.offsets[room][0] :].strip() if len(encoding.ids) > room else ""
         return Encoded(ids=ids, n_words=len(kept), cut=cut, tokens=tuple(encoding.ids))
+
+    def chunks(self, prompt: Prompt, most: int, whole: Sequence[Sequence[int]] = ()) -> Chunks:
+        """Tokenise a prompt piece by piece and lay it over at most `most` chunks; where that is 1, BREAK ends none.
+
+        whole: token sequences that no chunk ends in. Raises PromptError when the prompt is not text.
+        """
+        sections, written = self._tokens(prompt)
+        if most == 1:
+            sections = [[token for section in sections for token in section]]
+        parts, left = split([glued(section, whole) for section in sections], self.text.length - 2, most, self._comma)
+        ids = np.full((len(parts), self.text.length), self.text.pad_id, dtype=np.int64)
+        weights = np.ones(ids.shape, dtype=np.float32)
+        for i, part in enumerate(parts):
+            ids[i, : len(part) + 2] = [self.text.bos_id, *(token.id for token in part), self.text.eos_id]
+            weights[i, 1 : len(part) + 1] = [token.weight for token in part]
+        tokens = tuple(token.id for section in sections for token in section)
+        cut = written[left[0].place :].strip() if left else ""
+        n_cut = sum(token.begins for token in left[1:]) + 1 if left else 0
+        return Chunks(ids, weights, tokens, cut, n_cut, _word_at(written, left[0].place) if left else "")
+
+    def blank(self) -> Ids:
+        """(77,) int64: BOS, EOS, padding; the chunk that makes a shorter prompt as long as its partner."""
+        return self.encode("").ids
+
+    def _tokens(self, prompt: Prompt) -> tuple[list[list[Token]], str]:
+        """The tokens of each section, and the text that their places are in."""
+        written, sections = "", []
+        for section in prompt.sections:
+            tokens = []
+            for piece in section:
+                expanded = self.expand(_checked(piece.text))
+                encoding = self._tokenizer.encode(expanded, add_special_tokens=False)
+                words = [None, *encoding.word_ids]
+                for i, (token, offset) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+                    begins = i == 0 or words[i] != words[i + 1]
+                    tokens.append(Token(token, piece.weight, begins, len(written) + offset[0]))
+                written += expanded
+            sections.append(tokens)
+            written += " "
+        return sections, written
 
     def token_ids(self, text: str) -> tuple[int, ...]:
         """Ids of a word or phrase alone, expanded, without BOS and EOS, of any length."""
@@ -92,6 +137,14 @@ def _expansion_patterns(expansions: Mapping[str, str]) -> list[tuple[re.Pattern[
         alone = re.escape(token) + r"(?!_\d)"
         patterns.append((re.compile(f"{re.escape(replacement)}|{alone}", re.IGNORECASE), replacement))
     return patterns
+
+
+def _word_at(text: str, place: int) -> str:
+    """The word around a character, 40 characters of it at most: some languages put no spaces."""
+    place += len(text[place:]) - len(text[place:].lstrip())
+    begun = re.split(r"\s", text[:place])[-1]
+    rest = text[place:].split(maxsplit=1)[0]
+    return (begun + rest if len(begun) <= LONGEST_WORD else rest)[:LONGEST_WORD]
 
 
 def _checked(prompt: str) -> str:

@@ -22,7 +22,7 @@ from personalq.repository.atomic import atomic_directory
 from ..external_data import Report, silent
 from ..lock import only_one
 
-TRACE_VERSION = "3"
+TRACE_VERSION = "4"
 NOTE = "family.json"
 SHIPPED = Path(__file__).parent / "families"
 TRACERS = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir")

@@ -19,7 +19,7 @@ from .passes.adjust import add_low_rank, balance, correct_prediction
 from .passes.half import HALF, to_half
 from .passes.layers import LayerNode, layers_of, split_gemms
 from .passes.nodes import Builder, add_initializer
-from .passes.rows import assemble_rows
+from .passes.rows import assemble_rows, fix_row_count
 
 OPSET = 21  # INT4 and float16 scales; from 23 on an Attention node that cannot be fused fails the build
 # Along K of a 4-bit weight without activations in integers: one block as long as K is not fused (unpacked at every run).
@@ -35,6 +35,7 @@ def lower_unet_trt(model: ir.Model, spec_file: SpecFile) -> Lowered:
     spec = spec_file.spec
     dtype = STORAGE[spec.storage]
     model.graph.opset_imports[""] = OPSET
+    fix_row_count(model)
     split_gemms(model)
     layers = layers_of(model, spec)
     if dtype == HALF:

@@ -163,6 +163,8 @@ class VaeDecoder(nn.Module):
 
 # diffusers' Upsample2D branches at batch 64 (a layout hint only), which torch.export turns into an upper bound.
 BATCH = torch.export.Dim("batch", max=63)
+# Text rows: 77 for each chunk of a prompt. The text encoders stay at 77, their position embeddings' number.
+TOKENS = torch.export.Dim("tokens")
 AREA = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
 
 
@@ -186,7 +188,7 @@ def trace_graphs(configs: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ir.M
     yield "vae_decoder", _trace(VaeDecoder(vae), (latent,), ["latent"], ["image"], [{0: BATCH, **AREA}])
     unet = hollow(UNet2DConditionModel.from_config, configs["unet"])
     embeds = torch.randn(2, length, configs["unet"]["cross_attention_dim"])
-    yield "text_rows", _trace(TextRows(unet), (embeds,), ["text_embeds"], ["rows"], [{0: BATCH}])
+    yield "text_rows", _trace(TextRows(unet), (embeds,), ["text_embeds"], ["rows"], [{0: BATCH, 1: TOKENS}])
     yield "unet", _trace_unet(unet, configs, length)
 
 
@@ -196,7 +198,7 @@ def _trace_unet(unet: UNet2DConditionModel, configs: dict[str, dict[str, Any]], 
     latents = torch.randn(2, config["in_channels"], config["sample_size"], config["sample_size"])
     inputs = ["sample", "timestep", "rows"]
     arguments: tuple[Tensor, ...] = (latents, torch.tensor([500.0]), torch.randn(2, length, width))
-    shapes: list[dict[int, Any]] = [{0: BATCH, **AREA}, {}, {0: BATCH}]
+    shapes: list[dict[int, Any]] = [{0: BATCH, **AREA}, {}, {0: BATCH, 1: TOKENS}]
     if "text_encoder_2" in configs:
         pooled = configs["text_encoder_2"]["projection_dim"]
         inputs, arguments = [*inputs, "text_embeds", "time_ids"], (*arguments, torch.randn(2, pooled), torch.ones(2, 6))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..cards.card import Card
 from ..errors import CheckinError, RepositoryError
+from ..prompts import is_marked
 from ..repository import Repository
 from ..repository.atomic import atomic_directory
 from .answers import answer_scores, chosen_option, named_card, says_none, with_digits
@@ -26,7 +27,7 @@ from .indexing.stored import StoredCards, store_cards
 from .ranking.features import Evidence, gather
 from .ranking.judge import MAX_CANDIDATES, Judge, Judgement
 from .ranking.posterior import Model, fits_nothing, posterior, rivals, scores, shipped_model, with_judgement
-from .rewrite import rewrite
+from .rewrite import plain_request, rewrite, with_trigger
 
 MAX_QUESTIONS = 2
 MAX_ANSWERS = 8
@@ -63,8 +64,9 @@ class Checkin:
         Raises CheckinError for an empty request or too many answers.
         """
         started = time.perf_counter()
-        _refuse_unusable(request, answers)
-        belief = self._believe(request, judge)
+        plain = plain_request(request)
+        _refuse_unusable(plain, answers)
+        belief = self._believe(plain, judge)
         decided = self._decide(request, answers, belief, started)
         return decided if belief.judgement is None else replace(decided, judged_by="llm")
 
@@ -96,7 +98,7 @@ class Checkin:
         if len(open_) > 1:
             return self._clarify(evidence, open_, self._candidates(evidence, p), started)
         column = int(p.argmax()) if answers else int(open_[0])
-        return self._select(evidence, column, self._candidates(evidence, p), started)
+        return self._select(request, evidence, column, self._candidates(evidence, p), started)
 
     def _open(self, belief: _Belief) -> NDArray[np.int64]:
         """Return the columns that the request leaves open, most probable first; a model that is sure decides."""
@@ -147,9 +149,14 @@ class Checkin:
             Candidate(self._card(evidence, int(c)).id, round(float(p[c]), 4), reasons(evidence, int(c))) for c in best
         )
 
-    def _select(self, evidence: Evidence, column: int, candidates: tuple[Candidate, ...], started: float) -> Decision:
+    def _select(
+        self, request: str, evidence: Evidence, column: int, candidates: tuple[Candidate, ...], started: float
+    ) -> Decision:
         card = self._card(evidence, column)
-        prompt = rewrite(evidence.intent, card, explained_words(evidence, column))
+        if is_marked(request):
+            prompt = with_trigger(request, card)
+        else:
+            prompt = rewrite(evidence.intent, card, explained_words(evidence, column))
         return Decision("select", card.id, prompt, None, (), candidates, _since(started))
 
     def _clarify(

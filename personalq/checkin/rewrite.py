@@ -6,6 +6,7 @@ import re
 from collections.abc import Set
 
 from ..cards.card import Card, is_style
+from ..prompts import is_marked, read_prompt
 from .language.intent import Intent, parse_request, split_medium, style_parts
 from .language.words import STOP, fold, stem, terms, words
 
@@ -54,8 +55,28 @@ def rewrite(intent: Intent, card: Card, explained: Set[str]) -> str:
 
 def prompt_for(request: str, card: Card) -> str:
     """Return the prompt for a card that is already chosen: the words it shares with the request are its own."""
+    if is_marked(request):
+        return with_trigger(request, card)
     texts = (card.name, card.class_noun, card.description, *card.tags)
     return rewrite(parse_request(request), card, {word for text in texts for word in terms(text)})
+
+
+def plain_request(request: str) -> str:
+    """Return a request without weights, tags and BREAKs, which say nothing of what is wanted."""
+    return read_prompt(request).text if is_marked(request) else request
+
+
+def with_trigger(prompt: str, card: Card) -> str:
+    """Return a prompt with marks as it was written; the concept comes first where the prompt does not name it.
+
+    Who writes weights writes a prompt, not a request: to put words into it would move what is weighed.
+    """
+    said = fold(read_prompt(prompt, card.trigger).text)
+    if not card.trigger or any(_has(said, fold(group)) for group in card.trigger):
+        return prompt
+    group = card.trigger[0]
+    named = _ending(card, group).lstrip(", ") if is_style(card) else f"a photo of {concept_phrase(card, group)}"
+    return f"{named}, {prompt}"
 
 
 def _has(text: str, phrase: str) -> bool:
@@ -82,17 +103,20 @@ def _framed(medium: str, prompt: str, card: Card) -> str:
 def _styled(medium: str, prompt: str, card: Card, group: str, explained: Set[str]) -> str:
     """Take the style's mention out of the prompt and name it at the end."""
     rest = _without_style(prompt, explained | set(words(card.name)))
-    content = _EDGE.sub("", " ".join(rest.split()))
-    if fold(group).startswith(("in the style", "image in the style")):
-        ending = f", {group}"
-    elif any(_has(fold(p), f"in {fold(group)}") for p in card.example_prompts) or "style" in words(group):
-        ending = f" in {group}"
-    else:
-        ending = f" in the style of {group}"
+    content, ending = _EDGE.sub("", " ".join(rest.split())), _ending(card, group)
     opening = "" if not medium or medium == "a photo of" else medium
     if not content:
         return f"a picture{ending}"
     return f"{opening} {content}{ending}".strip()
+
+
+def _ending(card: Card, group: str) -> str:
+    """Return how captions name the style, after what is in the picture."""
+    if fold(group).startswith(("in the style", "image in the style")):
+        return f", {group}"
+    if any(_has(fold(p), f"in {fold(group)}") for p in card.example_prompts) or "style" in words(group):
+        return f" in {group}"
+    return f" in the style of {group}"
 
 
 def _without_style(prompt: str, known: Set[str]) -> str:

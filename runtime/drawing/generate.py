@@ -18,7 +18,10 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Generated:
-    """One picture and how it came to be. seconds: all of it; seconds_per_step: the denoising loop alone."""
+    """One picture and how it came to be. seconds: all of it; seconds_per_step: the denoising loop alone.
+
+    warnings: what was not used of the prompts, or not as written; on stderr they stand too, as what is logged.
+    """
 
     checkpoint: str
     prompt: str
@@ -28,6 +31,7 @@ class Generated:
     fallback_reason: str
     seconds: float
     seconds_per_step: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def generate(
     pipeline = Pipeline(open_engine(found.engine_name, found.bundle))
     begun, latents, n_steps = time.perf_counter(), None, 0
     picture = Picture(prompt, order.negative_prompt, order.seed)
+    warnings = pipeline.warnings(picture)
     for step in pipeline.denoise([picture], order.settings):
         latents, n_steps = step.latents, step.n_steps
         progress(f"step {step.index + 1} of {step.n_steps}", 0.1 + 0.85 * (step.index + 1) / step.n_steps)
@@ -78,6 +83,7 @@ def generate(
         fallback_reason=found.fallback_reason,
         seconds=round(seconds, 3),
         seconds_per_step=round(per_step, 4),
+        warnings=warnings,
     )
 
 

@@ -1,27 +1,25 @@
 """Prompt to picture: rows once per prompt, classifier-free guidance in one batch, the loop as a generator of steps.
 
-It knows prompts, seeds and latents; engines are behind their protocol, noise schedules in sampling.
+It knows pictures, seeds and latents; prompts are read in prompter, engines are behind their protocol, noise schedules in
+sampling.
 """
 
-import logging
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from personalq.errors import EngineError, PromptError
-from personalq.rows import Ids, find_sequence, kept_index, kept_positions, row_index
-from personalq.tokens import Encoded, Tokenizer
+from personalq.errors import EngineError
+from personalq.prompts import Prompt
+from personalq.rows import Ids
 
-from ..engines.engine import SECOND_TOKENIZER, TOKENIZER, UNET_INPUTS, Array, Conditioning, Engine, TextEmbeds
+from ..engines.engine import Array, Conditioning, Denoiser, Engine, TextEmbeds
 from .image import Image
+from .prompter import Prompter, PromptRows
 from .samplers import Plan, Trail, plan_steps, predict, sampler_named
 from .schedule import schedule_from_config
-
-logger = logging.getLogger("personalq.runtime")
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Picture:
-    """What to draw. noise: (4,h,w) float32 start noise in place of the seed's."""
+    """What to draw. noise: (4,h,w) float32 start noise in place of the seed's. A prompt that is a Prompt was read before."""
 
-    prompt: str
-    negative_prompt: str = ""
+    prompt: str | Prompt
+    negative_prompt: str | Prompt = ""
     seed: int = 0
     noise: Array | None = None
 
@@ -56,24 +54,6 @@ class Step:
     predicted: Array
 
 
-@dataclass(frozen=True)
-class PromptRows:
-    """A prompt, encoded and turned into what the UNet needs (batch of 1). kept: positions whose rows are FP16."""
-
-    conditioning: Conditioning
-    kept: tuple[int, ...]
-    text_embeds: Array
-    cut: str = ""
-
-
-def second_tokenizer(engine: Engine) -> Tokenizer | None:
-    """The tokenizer of SDXL's second encoder, None for every other base."""
-    text = engine.manifest.text
-    if text.second_pad_id is None:
-        return None
-    return Tokenizer(engine.bundle / SECOND_TOKENIZER, text.model_copy(update={"pad_id": text.second_pad_id}))
-
-
 def start_noise(seed: int, shape: tuple[int, ...]) -> Array:
     """Standard normal float32 noise of `shape`, (4,h,w); the same seed gives the same noise on every machine."""
     if seed < 0:
@@ -87,77 +67,42 @@ class Pipeline:
     def __init__(self, engine: Engine, *, cached_prompts: int = 16) -> None:
         self.engine = engine
         self.manifest = engine.manifest
-        self.tokenizer = Tokenizer(engine.bundle / TOKENIZER, self.manifest.text)
-        self.second_tokenizer = second_tokenizer(engine)
+        self.prompts = Prompter(engine, cached_prompts)
+        self.tokenizer, self.second_tokenizer = self.prompts.tokenizer, self.prompts.second_tokenizer
         self.schedule = schedule_from_config(self.manifest.scheduler)
-        self._triggers = tuple(self.tokenizer.token_ids(trigger) for trigger in self.manifest.checkpoint.trigger)
-        self._cached_prompts = cached_prompts
-        self._cache: OrderedDict[str, PromptRows] = OrderedDict()
-        self._empty: PromptRows | None = None
 
-    def rows(self, prompt: str) -> PromptRows:
+    def rows(self, prompt: str | Prompt) -> PromptRows:
         """The prompt's rows, from the cache when it was among the last ones asked for.
 
-        Logs a warning with the text that did not fit; raises PromptError when that text holds the trigger.
+        Logs what is not used of it; raises PromptError when it cannot be drawn, or its trigger did not fit.
         """
-        if prompt == "":
-            self._empty = self._empty or self._rows_of_nothing()
-            return self._empty
-        if prompt not in self._cache:
-            encoded = self.tokenizer.encode(prompt)
-            self._check_cut(encoded)
-            self._cache[prompt] = self.rows_of_ids(encoded.ids, cut=encoded.cut, embeds=self.embed([prompt]))
-            while len(self._cache) > self._cached_prompts:
-                self._cache.popitem(last=False)
-        rows = self._cache[prompt]
-        self._cache.move_to_end(prompt)
-        if rows.cut:
-            logger.warning("prompt: only %d tokens fit; cut: %r", self.manifest.text.length, rows.cut)
-        return rows
+        return self.prompts.rows(prompt)
 
-    def _rows_of_nothing(self) -> PromptRows:
-        embeds = self.embed([""])
-        is_zero = self.manifest.text.is_empty_zero
-        return self.rows_of_ids(self.tokenizer.encode("").ids, embeds=embeds.zeros() if is_zero else embeds)
+    def warnings(self, picture: Picture) -> tuple[str, ...]:
+        """What will not be used of a picture's prompts, or not as written elsewhere: a line each. Encodes nothing.
 
-    def embed(self, prompts: Sequence[str]) -> TextEmbeds:
-        """Prompts -> their embeddings."""
-        return self.engine.encode(*self.token_ids(prompts))
+        Raises PromptError when one cannot be drawn.
+        """
+        asked = {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt}
+        return tuple(f"{name}: {text}" for name, prompt in asked.items() for text in self.prompts.read(prompt).warnings)
 
-    def token_ids(self, prompts: Sequence[str]) -> tuple[Ids, Ids | None]:
-        """Prompts -> ids (B,77) of the first tokenizer, and of SDXL's second one."""
-        ids = np.stack([self.tokenizer.encode(prompt).ids for prompt in prompts])
-        if self.second_tokenizer is None:
-            return ids, None
-        return ids, np.stack([self.second_tokenizer.encode(prompt).ids for prompt in prompts])
+    def embed(self, texts: Sequence[str]) -> TextEmbeds:
+        """Texts as they stand, brackets and all -> their embeddings, one chunk each."""
+        return self.prompts.embed(texts)
 
-    def rows_of_ids(self, ids: Ids, *, embeds: TextEmbeds, cut: str = "") -> PromptRows:
+    def token_ids(self, texts: Sequence[str]) -> tuple[Ids, Ids | None]:
+        """Texts as they stand -> ids (B,77) of the first tokenizer, and of SDXL's second one."""
+        return self.prompts.token_ids(texts)
+
+    def rows_of_ids(self, ids: Ids, *, embeds: TextEmbeds) -> PromptRows:
         """Token ids (77,) and their embeddings (a batch of one) -> rows."""
-        rows = self.manifest.rows
-        positions = kept_positions(ids, rows.kept, self.manifest.text.eos_id) if rows.form == "split" else ()
-        made = self.engine.text_rows(embeds.states, kept_index(positions, rows.kept.slots)[None])
-        made["row_index"] = row_index(positions, self.manifest.text.length)[None]
-        conditioning = {name: made[name] for name in UNET_INPUTS[rows.form]}
-        if embeds.pooled is not None:
-            conditioning["text_embeds"] = embeds.pooled
-        return PromptRows(conditioning=conditioning, kept=positions, text_embeds=embeds.states, cut=cut)
-
-    def _check_cut(self, encoded: Encoded) -> None:
-        """Refuse a prompt whose trigger was truncated, unless the trigger also occurs whole in what fits."""
-        kept = encoded.tokens[: encoded.n_words]
-        limit = self.manifest.text.length
-        for trigger, ids in zip(self.manifest.checkpoint.trigger, self._triggers, strict=True):
-            if find_sequence(encoded.tokens, ids) and not find_sequence(kept, ids):
-                raise PromptError(
-                    f"prompt: its trigger {trigger!r} must be within the first {limit} tokens, got it in what is cut "
-                    f"({encoded.cut!r}); shorten the prompt or put the trigger earlier"
-                )
+        return self.prompts.rows_of_ids(ids, embeds=embeds)
 
     def denoise(self, pictures: Sequence[Picture], settings: Settings | None = None) -> Iterator[Step]:
         """Draw the latents of a batch step by step; stop early by not asking for more.
 
         Everything is checked before the first step. A picture does not depend on the others of its batch (the kernels'
-        rounding may).
+        rounding may): those with longer prompts run beside it, not with it.
         """
         settings = settings or Settings()
         name = self.schedule.sampler if settings.sampler is None else settings.sampler
@@ -166,18 +111,22 @@ class Pipeline:
         guidance = _checked_guidance(self.manifest.guidance if settings.guidance is None else settings.guidance)
         shape = self._latent_shape(settings.width, settings.height)
         noises = [_Noise(picture, shape) for picture in pictures]
-        halves: list[PromptRows] = []
-        for picture in pictures:
-            halves += [self.rows(picture.negative_prompt)] if guidance != 1.0 else []
-            halves.append(self.rows(picture.prompt))
+        halves = [half for picture in pictures for half in self._halves(picture, is_guided=guidance != 1.0)]
         clip = self.schedule.clip if sampler.clips else math.inf
         return self._loop(_Run(name, plan, guidance, clip), halves, noises)
+
+    def _halves(self, picture: Picture, *, is_guided: bool) -> list[PromptRows]:
+        """The rows of a picture's prompts, negative one first, equally many."""
+        prompts = [picture.negative_prompt, picture.prompt] if is_guided else [picture.prompt]
+        found = [self.rows(prompt) for prompt in prompts]
+        most = max(rows.n_rows for rows in found)
+        return [self.prompts.lengthened(prompt, rows, most) for prompt, rows in zip(prompts, found, strict=True)]
 
     def _loop(self, run: "_Run", halves: list[PromptRows], noises: list["_Noise"]) -> Iterator[Step]:
         sampler, plan, trail, n = sampler_named(run.sampler), run.plan, Trail(), len(noises)
         x = np.stack([noise.start for noise in noises]) * np.float32(plan.start_scale)
         still = np.zeros_like(x)
-        denoiser = self.engine.denoiser(_batch(halves), *x.shape[2:])
+        denoiser = self._denoiser(halves, *x.shape[2:])
         for i, t in enumerate(plan.times):
             predictions = denoiser(np.repeat(x, len(halves) // n, axis=0), float(t))
             if not np.isfinite(predictions).all():
@@ -190,13 +139,28 @@ class Pipeline:
             x = sampler.step(self.schedule, plan, i, x, said, fresh, trail)
             yield Step(index=i, n_steps=len(plan), timestep=float(t), latents=x, predicted=said[0])
 
+    def _denoiser(self, halves: list[PromptRows], height: int, width: int) -> Denoiser:
+        """The UNet for a batch of prompts, those of one length at a time."""
+        groups = [[i for i, half in enumerate(halves) if half.n_rows == n] for n in sorted({h.n_rows for h in halves})]
+        bound = [(group, self.engine.denoiser(_batch([halves[i] for i in group]), height, width)) for group in groups]
+        if len(bound) == 1:
+            return bound[0][1]
+
+        def denoise(sample: Array, timestep: float) -> Array:
+            predictions = np.empty_like(sample)
+            for group, denoiser in bound:
+                predictions[group] = denoiser(sample[group], timestep)
+            return predictions
+
+        return denoise
+
     def decode(self, latents: Array) -> Image:
         """latents (4,h,w) float32 -> picture (H,W,3) uint8."""
         latent = self.manifest.latent
         scaled = latents[None] / np.float32(latent.scaling_factor) + np.float32(latent.shift_factor)
         return to_uint8(self.engine.decode(scaled)[0])
 
-    def image(self, prompt: str, **options: Any) -> Image:
+    def image(self, prompt: str | Prompt, **options: Any) -> Image:
         """Draw and decode one picture; options are fields of Picture and of Settings, by name."""
         asked = {field.name for field in fields(Settings)} & options.keys()
         settings = Settings(**{name: options.pop(name) for name in asked})

@@ -19,7 +19,8 @@ from personalq.rows import Ids
 
 Array = npt.NDArray[np.float32]
 # The UNet's inputs for the prompts of a batch, by input name. Form 'split': rest int8 (B,77,R), rest_scale
-# float32 (B,77,2L), kept float16 (B,S,R), row_index int64 (B,77). Form 'full': rows float32 (B,77,R).
+# float32 (B,77,2L), kept float16 (B,S,R), row_index int64 (B,77). Form 'full': rows float32 (B,77,R). A prompt of n chunks
+# has 77n rows in place of 77, where the engine takes them.
 Conditioning = Mapping[str, npt.NDArray[Any]]
 # (sample (B,4,h,w) float32, time step) -> noise_pred (B,4,h,w) float32, in a buffer that the next call overwrites.
 Denoiser = Callable[[Array, float], Array]
@@ -34,14 +35,25 @@ SECOND_TOKENIZER = "tokenizer_2.json"  # SDXL: pads with another token, which al
 
 @dataclass(frozen=True)
 class TextEmbeds:
-    """Prompts as the text encoders give them: states (B,77,C) float32; pooled (B,P) float32 for SDXL, else None."""
+    """Prompts as the text encoders give them: states (B,77,C) float32; pooled (B,P) float32 for SDXL, else None.
+
+    first: how many of the C columns are the first encoder's; None: all of them.
+    """
 
     states: Array
     pooled: Array | None = None
+    first: int | None = None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The columns of each text encoder."""
+        width = self.states.shape[-1]
+        return (width,) if self.first is None else (self.first, width - self.first)
 
     def zeros(self) -> "TextEmbeds":
         """The same shapes, all zero: what SDXL takes for a prompt that was not given."""
-        return TextEmbeds(np.zeros_like(self.states), None if self.pooled is None else np.zeros_like(self.pooled))
+        pooled = None if self.pooled is None else np.zeros_like(self.pooled)
+        return TextEmbeds(np.zeros_like(self.states), pooled, self.first)
 
 
 class Engine(Protocol):
@@ -56,6 +68,10 @@ class Engine(Protocol):
     @property
     def manifest(self) -> Manifest: ...
 
+    @property
+    def takes_chunks(self) -> bool:
+        """Whether a prompt may have any number of chunks; else it has one."""
+
     def encode(self, ids: Ids, second: Ids | None = None) -> TextEmbeds:
         """ids (B,77) int64 -> text embeddings (B,77,C) float32, and SDXL's pooled text (B,P).
 
@@ -63,7 +79,7 @@ class Engine(Protocol):
         """
 
     def text_rows(self, text_embeds: Array, kept_index: Ids) -> dict[str, npt.NDArray[Any]]:
-        """text_embeds (B,77,C), kept_index (B,S) -> rows float32 (B,77,R) and, form 'split', rest, rest_scale, kept."""
+        """text_embeds (B,77n,C), kept_index (B,S) -> rows float32 (B,77n,R) and, form 'split', rest, rest_scale, kept."""
 
     def denoiser(self, conditioning: Conditioning, height: int, width: int) -> Denoiser:
         """Bind the prompts of a batch once -> the UNet as a function, for latents (B,4,height,width)."""

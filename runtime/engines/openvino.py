@@ -9,11 +9,11 @@ import logging
 import platform
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +23,28 @@ from personalq.errors import EngineError, MissingExtraError, RepositoryError
 from personalq.repository.engines import check_engine, engine_at, keep_engine
 from personalq.rows import Ids
 
-from .engine import ROWS_OUTPUTS, Array, Conditioning, Denoiser, TextEmbeds, check_bytes, unet_feed, unet_file
+from .engine import (
+    ROWS_OUTPUTS,
+    UNET_INPUTS,
+    Array,
+    Conditioning,
+    Denoiser,
+    TextEmbeds,
+    check_bytes,
+    unet_feed,
+    unet_file,
+)
 from .sessions import graph_hashes, has_int8_dot_product, one_line
 
 logger = logging.getLogger("personalq.runtime")
 
 Compiled = Any  # openvino.CompiledModel: the package is imported when an engine is opened
 Shapes = Mapping[str, Sequence[int]]
+Key = TypeVar("Key")
 
 SLICE = 2  # rows of a UNet batch: one guided pair
 _COMPILED_UNETS = 2  # shapes that stay compiled: each holds its own copy of the weights
+_COMPILED_ROWS = 4  # numbers of text rows for which the row encoder stays compiled
 # What stays float32: kept rows must be exact roundings of the graph's own rows.
 EXACT = "f32"
 
@@ -54,18 +66,20 @@ class OpenVinoEngine:
         self._around = around_int8()
         self._lock = threading.Lock()
         self._unets: OrderedDict[tuple[int, ...], Compiled] = OrderedDict()
-        graphs, form = self.manifest.graphs, self.manifest.rows.form
-        self._encoder = self._open(graphs.text_encoder, EXACT, {"input_ids": (1, self.manifest.text.length)})
+        self._row_encoders: OrderedDict[int, Compiled] = OrderedDict()
+        graphs, length = self.manifest.graphs, self.manifest.text.length
+        self._encoder = self._open(graphs.text_encoder, EXACT, {"input_ids": (1, length)})
         self._second = None
         if graphs.text_encoder_2:
-            self._second = self._open(graphs.text_encoder_2, EXACT, {"input_ids": (1, self.manifest.text.length)})
-        # One prompt at a time; text_embeds' width is the graph's own.
-        rows: dict[str, Sequence[int]] = {"text_embeds": (1, self.manifest.text.length, -1)}
-        rows |= {"kept_index": (1, self.manifest.rows.kept.slots)} if form == "split" else {}
-        self._rows = self._open(graphs.text_rows, EXACT, rows)
+            self._second = self._open(graphs.text_encoder_2, EXACT, {"input_ids": (1, length)})
+        self._row_encoder(length)
         latent = self.manifest.latent
         self._decoder: tuple[tuple[int, ...], Compiled] | None = None
-        self._unet((SLICE, latent.channels, latent.height, latent.width))
+        self._unet((SLICE, latent.channels, latent.height, latent.width), length)
+
+    @property
+    def takes_chunks(self) -> bool:
+        return self.manifest.rows.is_open
 
     def encode(self, ids: Ids, second: Ids | None = None) -> TextEmbeds:
         rows = [_infer(self._encoder, {"input_ids": one[None]})["last_hidden_state"] for one in ids]
@@ -74,26 +88,28 @@ class OpenVinoEngine:
             return TextEmbeds(states)
         made = [_infer(self._second, {"input_ids": one[None]}) for one in second]
         more, pooled = (np.concatenate([one[name] for one in made]) for name in ("last_hidden_state", "text_embeds"))
-        return TextEmbeds(np.concatenate([states, more], axis=-1, dtype=np.float32), pooled.astype(np.float32))
+        both = np.concatenate([states, more], axis=-1, dtype=np.float32)
+        return TextEmbeds(both, pooled.astype(np.float32), states.shape[-1])
 
     def text_rows(self, text_embeds: Array, kept_index: Ids) -> dict[str, npt.NDArray[Any]]:
-        names = ROWS_OUTPUTS[self.manifest.rows.form]
+        names, encoder = ROWS_OUTPUTS[self.manifest.rows.form], self._row_encoder(text_embeds.shape[1])
         made = []
         for i in range(len(text_embeds)):
             feed: dict[str, npt.NDArray[Any]] = {"text_embeds": text_embeds[i : i + 1]}
             feed |= {"kept_index": kept_index[i : i + 1]} if len(names) > 1 else {}
-            made.append(_infer(self._rows, feed))
+            made.append(_infer(encoder, feed))
         return {name: np.concatenate([one[name] for one in made]) for name in names}
 
     def denoiser(self, conditioning: Conditioning, height: int, width: int) -> Denoiser:
         batch = len(next(iter(conditioning.values())))
         channels = self.manifest.latent.channels
         inputs = unet_feed(self.manifest, conditioning, height, width)
+        n_rows = conditioning[UNET_INPUTS[self.manifest.rows.form][0]].shape[1]
         slices = []
         for start in range(0, batch, SLICE):
             part = {name: value[start : start + SLICE] for name, value in inputs.items()}
             shape = (min(SLICE, batch - start), channels, height, width)
-            slices.append((start, _BoundUnet(self._unet(shape), part, shape)))
+            slices.append((start, _BoundUnet(self._unet(shape, n_rows), part, shape)))
         return _Sliced(slices, (batch, channels, height, width))
 
     def decode(self, latent: Array) -> Array:
@@ -109,15 +125,31 @@ class OpenVinoEngine:
     def is_whole(self) -> bool:
         return True  # blobs are read whole; a graph that is compiled later is checked by its library
 
-    def _unet(self, shape: tuple[int, ...]) -> Compiled:
-        """The UNet compiled for one latent shape; a third shape evicts the least recently used one."""
+    def _row_encoder(self, n_rows: int) -> Compiled:
+        """The row encoder compiled for one prompt of so many rows; text_embeds' width is the graph's own."""
+        shapes: dict[str, Sequence[int]] = {"text_embeds": (1, n_rows, -1)}
+        if self.manifest.rows.form == "split":
+            shapes["kept_index"] = (1, self.manifest.rows.kept.slots)
         with self._lock:
-            if shape not in self._unets:
-                self._unets[shape] = self._open(unet_file(self.manifest), self._around, {"sample": shape})
-                while len(self._unets) > _COMPILED_UNETS:
-                    self._unets.popitem(last=False)
-            self._unets.move_to_end(shape)
-            return self._unets[shape]
+            return _recent(
+                self._row_encoders,
+                n_rows,
+                _COMPILED_ROWS,
+                lambda: self._open(self.manifest.graphs.text_rows, EXACT, shapes),
+            )
+
+    def _unet(self, shape: tuple[int, ...], n_rows: int) -> Compiled:
+        """The UNet compiled for one latent shape and number of text rows."""
+        shapes: dict[str, Sequence[int]] = {"sample": shape}
+        if self.manifest.rows.is_open:
+            shapes |= {name: (shape[0], n_rows, *sides) for name, sides in _ROW_SIDES[self.manifest.rows.form].items()}
+        with self._lock:
+            return _recent(
+                self._unets,
+                (*shape, n_rows),
+                _COMPILED_UNETS,
+                lambda: self._open(unet_file(self.manifest), self._around, shapes),
+            )
 
     def _open(self, file: str, precision: str, shapes: Shapes) -> Compiled:
         """Read a cached blob, or compile the graph and cache the blob if the bundle is writable."""
@@ -151,6 +183,23 @@ class OpenVinoEngine:
             keep_engine(self.bundle, parts, "compiled.blob", compiled.export_model().getbuffer())
         except RepositoryError as error:
             logger.warning("the compiled graph is not kept: %s", error)
+
+
+# Every input of the UNet that has a side of text rows -> its sides after that one; -1: the graph's own.
+_ROW_SIDES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "split": {"rest": (-1,), "rest_scale": (-1,), "row_index": ()},
+    "full": {"rows": (-1,)},
+}
+
+
+def _recent(compiled: OrderedDict[Key, Compiled], key: Key, most: int, compile_: Callable[[], Compiled]) -> Compiled:
+    """The compiled graph of a key; the one used longest ago is dropped when there are more than `most`."""
+    if key not in compiled:
+        compiled[key] = compile_()
+        while len(compiled) > most:
+            compiled.popitem(last=False)
+    compiled.move_to_end(key)
+    return compiled[key]
 
 
 class _BoundUnet:

@@ -72,6 +72,10 @@ class OrtEngine:
         self._opened.append(opened)
         return session
 
+    @property
+    def takes_chunks(self) -> bool:
+        return self.manifest.rows.is_open
+
     def is_whole(self) -> bool:
         return all(opened.is_whole() for opened in self._opened)
 
@@ -80,7 +84,8 @@ class OrtEngine:
         if self._second is None:
             return TextEmbeds(states)
         more, pooled = _run(self._second, ["last_hidden_state", "text_embeds"], {"input_ids": second})
-        return TextEmbeds(np.concatenate([states, more], axis=-1, dtype=np.float32), np.asarray(pooled, np.float32))
+        both = np.concatenate([states, more], axis=-1, dtype=np.float32)
+        return TextEmbeds(both, np.asarray(pooled, np.float32), states.shape[-1])
 
     def text_rows(self, text_embeds: Array, kept_index: Ids) -> dict[str, npt.NDArray[Any]]:
         form = self.manifest.rows.form

@@ -43,6 +43,10 @@ class TensorRtEngine(OrtEngine):
             raise EngineError(f"{kept.path}: TensorRT cannot read it; remove {kept.path.parent} and build it again")
         return engine
 
+    @property
+    def takes_chunks(self) -> bool:
+        return False  # a plan is built for 77 rows
+
     def denoiser(self, conditioning: Conditioning, height: int, width: int) -> Denoiser:
         batch = len(next(iter(conditioning.values())))
         inputs = unet_feed(self.manifest, conditioning, height, width)

@@ -17,7 +17,8 @@ from personalq.repository.settings import Settings
 from personalq.rows import find_sequence
 from personalq.spec import SpecFile, read_spec
 
-from ..drawing.pipeline import Pipeline, PromptRows
+from ..drawing.pipeline import Pipeline
+from ..drawing.prompter import PromptRows
 from ..engines.engine import Conditioning, TextEmbeds, unet_feed, unet_file
 from ..engines.onnxfile import Graph, read_graph
 from ..engines.ort import OrtEngine

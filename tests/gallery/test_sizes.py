@@ -21,9 +21,7 @@ PROMPT = "a photo of sks dog on the beach"
 def test_pictures_of_odd_latents_equal_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from calibration.model.pipeline import load_pipeline
 
-    root = shutil.copytree(
-        HERE / "repository", tmp_path / "repository", ignore=shutil.ignore_patterns("bundles", "families")
-    )
+    root = shutil.copytree(REPOSITORY, tmp_path / "repository", ignore=shutil.ignore_patterns("bundles", "families"))
     repository = Repository.open(root)
     bundle = export_checkpoint(
         repository, "biscuit-the-dog", reference_spec(repository, "biscuit-the-dog", "fp32")

@@ -57,6 +57,17 @@ def test_every_occurrence_of_a_trigger_is_kept() -> None:
     assert kept_positions(ids, KeptTokens(trigger=((2, 3),)), EOS) == (1, 2, 4, 5)
 
 
+def test_rows_of_every_chunk_are_kept_those_of_the_trigger_first() -> None:
+    second = np.array([8, 4, 2, 3, EOS] + [EOS] * 72, dtype=np.int64)
+    kept = KeptTokens(trigger=((2, 3),), bos=True, class_noun=((4,),), eos=True, pad=True, slots=12)
+    both = np.concatenate([IDS, second])
+    assert kept_positions(both, kept, EOS) == (2, 3, 79, 80, 0, 77, 4, 78, 5, 81, 6, 82)
+    assert kept_positions(both, kept.model_copy(update={"slots": 3}), EOS) == (2, 3, 79)
+    across = np.concatenate([np.array([8] + [1] * 74 + [2, EOS]), np.array([8, 3] + [EOS] * 75)])
+    assert kept_positions(across, KeptTokens(trigger=((2, 3),)), EOS) == ()
+    assert row_index((2, 79), 154)[[0, 2, 79, 153]].tolist() == [0, 154, 155, 153]
+
+
 def test_random_rows_are_as_many_and_the_same_each_time() -> None:
     kept = KeptTokens(trigger=((2, 3),), bos=True, random_seed=5)
     first, second = kept_positions(IDS, kept, EOS), kept_positions(IDS, kept, EOS)

@@ -9,6 +9,7 @@ import pytest
 
 from personalq.bundle import Text
 from personalq.errors import BundleError, MissingExtraError, PromptError
+from personalq.prompts import literal, read_prompt
 from personalq.tokens import Tokenizer
 
 FILE = Path(__file__).parents[1] / "data" / "tiny_tokenizer.json"
@@ -74,6 +75,62 @@ def test_a_multi_vector_trigger_is_written_out(tokenizer: Tokenizer) -> None:
 )
 def test_expansion_happens_once(tokenizer: Tokenizer, prompt: str, expanded: str) -> None:
     assert tokenizer.expand(prompt) == expanded
+
+
+def test_a_prompt_without_marks_has_the_ids_that_it_always_had(tokenizer: Tokenizer) -> None:
+    for prompt in PROMPTS:
+        encoded, chunks = tokenizer.encode(prompt), tokenizer.chunks(read_prompt(prompt), 1)
+        assert (chunks.ids == encoded.ids[None]).all() and (chunks.weights == 1).all(), prompt
+        assert (chunks.cut, chunks.tokens) == (encoded.cut, encoded.tokens), prompt
+        assert (tokenizer.chunks(literal(prompt), 8).ids[0] == encoded.ids).all() or encoded.cut
+
+
+def test_weights_stand_at_their_tokens_and_marks_are_no_tokens(tokenizer: Tokenizer) -> None:
+    chunks = tokenizer.chunks(read_prompt("a (<moss-mug>:1.5) and [sks] <lora:x:1> dog"), 8)
+    plain = tokenizer.encode("a <moss-mug> and sks dog")
+    assert (chunks.ids == plain.ids[None]).all()
+    n = plain.n_words
+    assert chunks.weights.dtype == np.float32 and chunks.weights[0, 1:4].tolist() == [1.0, 1.5, 1.5]
+    assert chunks.weights[0, n - 1] == np.float32(1 / 1.1) and (chunks.weights[0, n:] == 1).all()
+
+
+def test_break_ends_a_chunk_where_there_may_be_two(tokenizer: Tokenizer) -> None:
+    two = tokenizer.chunks(read_prompt("a dog BREAK on the beach"), 8)
+    assert [row.tolist() for row in two.ids] == [tokenizer.encode(t).ids.tolist() for t in ("a dog", "on the beach")]
+    one = tokenizer.chunks(read_prompt("a dog BREAK on the beach"), 1)
+    assert (one.ids == tokenizer.encode("a dog on the beach").ids[None]).all()
+
+
+def test_a_long_prompt_is_laid_over_chunks_and_its_trigger_is_not_torn(tokenizer: Tokenizer) -> None:
+    prompt = read_prompt("dog " * 74 + "<moss-mug> on the beach")
+    chunks = tokenizer.chunks(prompt, 8, [(MOSS, MOSS_1)])
+    assert chunks.ids.shape == chunks.weights.shape == (2, 77)
+    assert chunks.ids[0].tolist() == [BOS, *[DOG] * 74, EOS, EOS]
+    assert (chunks.ids[1] == tokenizer.encode("<moss-mug> on the beach").ids).all()
+    assert tokenizer.chunks(prompt, 8).ids[0, 75] == MOSS
+
+
+def test_what_has_no_room_is_told_with_its_words(tokenizer: Tokenizer) -> None:
+    chunks = tokenizer.chunks(read_prompt("dog " * 150 + "(on the:1.2) beach BREAK snow"), 2)
+    assert (len(chunks.ids), chunks.cut, chunks.n_cut) == (2, "on the beach   snow", 4)
+    torn = tokenizer.chunks(read_prompt("dog " * 74 + "zzzz sks"), 1)
+    assert (torn.cut, torn.n_cut, torn.lost) == ("zzz sks", 2, "zzzz")
+
+
+@pytest.mark.parametrize(
+    ("text", "room", "word"),
+    [
+        ("a red dog", 2, "dog"),
+        ("a red zzdog on", 3, "zzdog"),
+        ("a " + "z" * 200, 101, "z" * 40),
+        ("a " + "z" * 200, 3, "z" * 40),
+        ("dog", 0, "dog"),
+    ],
+    ids=["whole", "inside", "far inside without spaces", "inside without spaces", "first"],
+)
+def test_the_first_lost_word_is_named_whole(text: str, room: int, word: str) -> None:
+    short = Tokenizer(FILE, TEXT.model_copy(update={"length": room + 2}))
+    assert short.chunks(read_prompt(text), 1).lost == word
 
 
 def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:

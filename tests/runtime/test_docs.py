@@ -17,4 +17,7 @@ def test_the_documented_python_runs(
     code = "\n".join(re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL))
     exec(compile(code, str(DOCS), "exec"), {})
     assert (tmp_path / "mug.png").is_file()
-    assert capsys.readouterr().out.splitlines() == ["1/4 t=999", "2/4 t=749", "3/4 t=499", "4/4 t=249", "True []"]
+    bracket = "prompt: '(' at character 19 is never closed: it is read as a bracket"
+    composed = "prompt: AND: prompts cannot be composed: it is read as the word 'and'"
+    steps = ["1/4 t=999", "2/4 t=749", "3/4 t=499", "4/4 t=249"]
+    assert capsys.readouterr().out.splitlines() == [*steps, str((bracket, composed)), "True []"]

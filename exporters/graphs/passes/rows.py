@@ -4,10 +4,11 @@ Storage form (DESIGN: one engine serves every prompt and trigger position): `res
 and K|V, `kept` float16 for at most S tokens, `row_index` telling each token which of the two it reads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from personalq.numerics import QTYPES, SMALLEST_SCALE
 from personalq.rows import RowLayer, packed_width
@@ -46,6 +47,36 @@ def assemble_rows(
     ir.convenience.replace_all_uses_with(rows, assembled)
     graph.inputs.remove(rows)
     graph.sort()
+
+
+def fix_row_count(model: ir.Model, count: int = 77) -> None:
+    """Give the UNet's input `rows` (B,tokens,R) a number of rows, and fold what is computed from it. Edits `model`.
+
+    For TensorRT, whose plans are static, and smaller so. Ensures: no value of the graph has an open row axis.
+    """
+    graph = model.graph
+    rows = next(value for value in graph.inputs if value.name == "rows")
+    symbol = rows.shape[1]
+    build = Builder(graph, "tokens")
+    size = build.constant(np.array([count], np.int64))
+    for node in [use.node for use in rows.uses()]:
+        if node.op_type == "Shape" and node.attributes["start"].as_int() == 1:
+            for reader in _through_scalar(node):
+                ir.convenience.replace_all_uses_with(reader.outputs[0], size)
+    for value in [rows, *(value for node in graph for value in node.outputs)]:
+        if value.shape is not None and symbol in value.shape:
+            value.shape = ir.Shape([count if side == symbol else side for side in value.shape])
+    RemoveUnusedNodesPass()(model)
+
+
+def _through_scalar(node: ir.Node) -> Iterator[ir.Node]:
+    """The Reshapes back to [1] of a size that torch.export made a scalar of; the node itself where there are none."""
+    readers = [use.node for use in node.outputs[0].uses()]
+    scalars = [one for one in readers if one.op_type == "Squeeze"]
+    for scalar in scalars:
+        yield from (use.node for use in scalar.outputs[0].uses() if use.node.op_type == "Reshape")
+    if len(scalars) < len(readers):
+        yield node
 
 
 def emit_storage_form(model: ir.Model, layers: Sequence[RowLayer], slots: int) -> None:

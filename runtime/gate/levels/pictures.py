@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from personalq.numerics import psnr_db
+from personalq.prompts import literal
 
 from ...drawing.pipeline import Pipeline, start_noise
 from ...engines.ort import OrtEngine
@@ -66,7 +67,7 @@ def _drawn_pairs(subject: Subject, extra: int) -> Pairs:
 
 def _draw(subject: Subject, pipeline: Pipeline, prompts: list[str], noises: Noises) -> Images:
     settings = {"steps": subject.steps, "guidance": subject.guidance, "sampler": subject.sampler}
-    return np.stack([pipeline.image(p, noise=x, **settings) for p, x in zip(prompts, noises, strict=True)])
+    return np.stack([pipeline.image(literal(p), noise=x, **settings) for p, x in zip(prompts, noises, strict=True)])
 
 
 def _joined(a: Pairs, b: Pairs) -> Pairs:

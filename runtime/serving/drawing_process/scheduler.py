@@ -16,7 +16,6 @@ from ...drawing.pipeline import Picture, Pipeline, Settings, Step
 from ...residency import Residency
 from .formats import PNG, Format, encode
 from .messages import Message
-from .warn import warnings_of
 
 Emit = Callable[[Message, bytes], None]
 
@@ -183,7 +182,7 @@ class Scheduler:
                 "bundle": manifest.key,
                 "policy": " ".join(dict.fromkeys((manifest.spec.policy, manifest.spec.bits))),
             }
-            told |= {"unet_bytes": manifest.sizes.unet, "warnings": warnings_of(pipeline, job.picture)}
+            told |= {"unet_bytes": manifest.sizes.unet, "warnings": pipeline.warnings(job.picture)}
             self._emit_picture(told, job, pipeline.decode(last.latents[i]))
 
     def _emit_picture(self, told: Message, job: Job, image: Image | None) -> None:

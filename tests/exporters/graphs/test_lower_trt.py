@@ -177,10 +177,14 @@ def test_the_graph_is_strongly_typed_float16_except_the_time_embedding(lowerings
     assert {types[node.output[0]] for node in products} == {TensorProto.FLOAT16}
 
 
-def test_inputs_and_outputs_are_those_of_ort(lowerings):
+def test_inputs_and_outputs_are_those_of_ort_but_for_77_text_rows(lowerings):
     for _, folder in lowerings.values():
         graphs = [onnx.load(folder / f"unet.{name}.onnx", load_external_data=False).graph for name in ("ort", "trt")]
         first, second = ([*graph.input, *graph.output] for graph in graphs)
+        sides = [side for value in first for side in value.type.tensor_type.shape.dim if side.dim_param == "tokens"]
+        assert sides
+        for side in sides:
+            side.dim_value = 77
         assert [v.SerializeToString() for v in first] == [v.SerializeToString() for v in second]
 
 

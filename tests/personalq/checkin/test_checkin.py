@@ -368,3 +368,15 @@ def test_words_are_split_at_case_digits_and_signs_and_stemmed() -> None:
 def test_the_edit_distance_is_symmetric_and_bounded(a: str, b: str) -> None:
     assert edit_distance(a, b, 2) == edit_distance(b, a, 2) <= 3
     assert (edit_distance(a, b, 2) == 0) == (a == b)
+
+
+def test_weights_and_tags_say_nothing_of_who_is_meant_and_stay_in_the_prompt(repository: Repository) -> None:
+    plain = ask(repository, "my chocolate brown dog on the beach")
+    marked = ask(repository, "my (chocolate brown:1.3) dog on the beach <lora:blueprint_moss_mug_v2:0.8>")
+    assert (plain.decision, plain.checkpoint) == (marked.decision, marked.checkpoint) == ("select", "biscuit")
+    assert [one.id for one in plain.candidates] == [one.id for one in marked.candidates]
+    assert marked.prompt == (
+        "a photo of sks dog, my (chocolate brown:1.3) dog on the beach <lora:blueprint_moss_mug_v2:0.8>"
+    )
+    with pytest.raises(CheckinError, match="request: must say what to draw, got nothing"):
+        ask(repository, "<lora:biscuit:1>")

@@ -158,3 +158,17 @@ def test_missing_openvino_names_the_extra(bundle: Path, monkeypatch: pytest.Monk
         openvino_engine._core.cache_clear()
         openvino_engine.around_int8.cache_clear()
     assert str(error.value) == "openvino is not installed; run: pip install 'personalq[openvino]'"
+
+
+def test_prompts_of_several_chunks_are_compiled_for(open_bundle: Path) -> None:
+    engine, other = OpenVinoEngine(open_bundle, threads=1), OrtEngine(open_bundle, threads=1)
+    assert engine.takes_chunks and other.takes_chunks
+    long = PROMPT + " in the snow" * 30
+    mine, theirs = (Pipeline(one).image(long, negative_prompt="snow", seed=3) for one in (engine, other))
+    assert psnr_db(theirs, mine, peak=255) > 25
+    assert Pipeline(engine).rows(long).n_rows == 154
+    assert psnr_db(Pipeline(other).image(PROMPT), Pipeline(engine).image(PROMPT), peak=255) > 25
+
+
+def test_a_bundle_of_fixed_graphs_takes_one_chunk(engine: OpenVinoEngine) -> None:
+    assert not engine.takes_chunks and Pipeline(engine).rows("snow " * 80).n_rows == 77

@@ -18,7 +18,6 @@ from runtime.drawing.pipeline import Picture, Pipeline, Settings
 from runtime.engines.ort import OrtEngine
 from runtime.serving.api import Checked, CheckinRequest, ImageRequest
 from runtime.serving.drawing_process.formats import Format, encode
-from runtime.serving.drawing_process.warn import first_lost
 from runtime.serving.kept import KeptPictures
 from runtime.serving.options import checked_origins
 
@@ -338,19 +337,14 @@ def test_a_cut_prompt_is_said_with_the_first_word_that_was_lost(served: Any) -> 
     assert [line.split()[0] for line in both] == ["prompt:", "negative_prompt:"]
 
 
-@pytest.mark.parametrize(
-    ("text", "cut", "word"),
-    [
-        ("a red snowflake", "snowflake", "snowflake"),
-        ("a red snowflake on ice ", "flake on ice", "snowflake"),
-        ("a red snowflake", "written otherwise", "written"),
-        ("x" * 200, "x" * 100, "x" * 40),
-        ("flake", "flake", "flake"),
-    ],
-    ids=["whole", "inside", "expanded", "without-spaces", "first"],
-)
-def test_the_lost_word_is_named_whole(text: str, cut: str, word: str) -> None:
-    assert first_lost(text, cut) == word
+def test_marks_are_read_told_or_refused(served: Any) -> None:
+    answer = served.draw("a (sks:1.2) mug AND snow <lora:moss-mug:1>", negative_prompt="a [cat|dog]", steps=1).json()
+    assert answer["data"][0]["revised_prompt"] == "a (sks:1.2) mug AND snow <lora:moss-mug:1>"
+    assert [line.split(":")[0] for line in answer["warnings"]] == ["prompt", "negative_prompt"]
+    refused = served.draw("sks mug <lora:moss-mug:0.8>", steps=1)
+    assert refused.status_code == 400
+    told = "prompt: <lora:moss-mug:0.8> must have strength 1 in all, got 0.8; 'moss-mug' is merged into its bundle at full "
+    assert refused.json()["error"]["message"] == told + "strength: write 1, or remove it"
 
 
 def test_a_prompt_that_was_cut_stays_out_of_the_drawing_process_log(
