@@ -5,6 +5,7 @@ import json
 import random
 
 from personalq.cards.card import Card, is_style
+from personalq.prompts import is_marked, read_prompt
 
 SCENES = (
     "on the beach",
@@ -37,11 +38,16 @@ def calibration_prompts(card: Card, count: int, seed: int = 0) -> list[str]:
     generator = random.Random(f"{seed}/{card.id}")
     frames = STYLE_FRAMES if is_style(card) else SUBJECT_FRAMES
     subject = subject_of(card)
-    prompts = [p for p in card.example_prompts if p.strip()][: count // 4]
+    prompts = [p for p in plain_examples(card) if p][: count // 4]
     for index in range(count - len(prompts)):
         frame = generator.choice(PLAIN if index % 4 == 3 else frames)
         prompts.append(frame.format(subject=subject, scene=generator.choice(SCENES)))
     return prompts
+
+
+def plain_examples(card: Card) -> list[str]:
+    """The card's own prompts as text encoders see them: without weights and adapters' tags."""
+    return [read_prompt(text).text.strip() if is_marked(text) else text.strip() for text in card.example_prompts]
 
 
 def prompts_sha256(prompts: list[str]) -> str:

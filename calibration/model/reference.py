@@ -17,7 +17,7 @@ from personalq.scheduler import BaseScheduler
 from personalq.weights.header import read_header
 
 from ..blob import same_bytes
-from ..prompts import subject_of
+from ..prompts import plain_examples, subject_of
 from .conditioning import Pipe, encode
 from .outputs import sampled_outputs
 from .pipeline import own_scheduler, packed_rows
@@ -40,7 +40,7 @@ def golden_prompts(card: Card) -> list[str]:
         else ("a photo of {1} {0}",) * 2
     )
     made = [frame.format(scene, subject) for frame, scene in zip(frames, ("on the beach", "in the snow"), strict=True)]
-    examples = [p for p in card.example_prompts if any(group and group in p for group in card.trigger)]
+    examples = [p for p in plain_examples(card) if any(group and group in p for group in card.trigger)]
     return ["", *dict.fromkeys([*examples[:2], *made])][:3]
 
 

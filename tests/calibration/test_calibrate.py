@@ -5,6 +5,7 @@ import pytest
 
 from calibration.calibrate import CalibrateOptions, calibrate
 from calibration.model.pipeline import load_pipeline, quantisable_layers
+from calibration.model.reference import golden_prompts
 from calibration.prompts import calibration_prompts, subject_of
 from calibration.statistics.ranges import Observer, time_bin
 from personalq.cards.card import Card
@@ -93,6 +94,14 @@ def test_prompts_are_seeded_and_three_in_four_call_the_trigger():
     assert prompts == calibration_prompts(card, 16)
     assert prompts != calibration_prompts(card, 16, seed=1)
     assert sum("sks dog" in prompt for prompt in prompts) == 12
+
+
+def test_examples_are_read_as_text_encoders_see_them():
+    examples = ("(masterpiece:1.3), sks dog <lora:rex:1>", "a photo of sks dog (on a beach)")
+    card = Card(id="rex", kind="lora", base="tiny", trigger=("sks",), class_noun="dog", example_prompts=examples)
+    plain = ["masterpiece, sks dog", examples[1]]
+    assert calibration_prompts(card, 8)[:2] == plain
+    assert golden_prompts(card) == ["", *plain]
 
 
 @pytest.mark.parametrize(
