@@ -59,7 +59,7 @@ def add(sources: tuple[Path, ...], cards: Path | None, base: str, card_id: str, 
     if not (sources or cards or base) or (card_id and len(sources) != 1):
         raise click.UsageError("name at least one SOURCE (with --id exactly one), --cards FILE or --base FOLDER|FILE")
     repository, result, bases = opened(create=True), AddResult(), []
-    if base and base not in repository.bases() and Path(base).exists():
+    if base and base not in repository.bases() and (Path(base).exists() or base.endswith((".safetensors", ".ckpt"))):
         made = repository.add_base(Path(base))
         base = made.id
         bases.append(asdict(made))

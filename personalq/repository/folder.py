@@ -181,7 +181,10 @@ class Repository:
         """Take in every checkpoint that a file or folder holds, see ``add``; report(text, fraction) as it goes on."""
         result = AddResult()
         try:
-            parts = checkpoints_in(source)
+            # a folder that the repository itself lies in: what is in there already is not taken in again
+            parts = [
+                part for part in checkpoints_in(source) if part == source or self.root not in part.resolve().parents
+            ]
         except OSError as error:
             return AddResult(refused=(Refused(str(source), _one_line(error)),))
         if options.get("card_id") and len(parts) > 1:

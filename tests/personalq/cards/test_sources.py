@@ -125,6 +125,16 @@ def test_each_of_a_mixed_folder_is_reported(repository: Repository, tmp_path: Pa
     assert seen == [f"adding {name}" for name in parts]
 
 
+def test_a_repository_inside_the_folder_is_not_taken_in_again(repository: Repository, tmp_path: Path) -> None:
+    lora(tmp_path, "ann", 1)
+    lora(tmp_path, "bob", 2)
+    for _ in range(2):
+        result = repository.add_all(tmp_path, base="toy", replace=True)
+        taken = {one.id for one in result.added}
+        assert {"ann", "bob"} <= taken and not result.refused
+    assert sorted(card.id for card in repository.cards()) == ["ann", "bob", "toy"]
+
+
 def test_an_id_is_for_one_checkpoint(repository: Repository, tmp_path: Path) -> None:
     many = tmp_path / "loras"
     many.mkdir()
