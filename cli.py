@@ -115,7 +115,7 @@ def check(fix: bool) -> Result:
 @reports
 def index() -> Result:
     """Build the Check-in index over all cards."""
-    from personalq.checkin.indexing import index as build
+    from personalq.checkin import index as build
 
     return Result(build(opened()).to_json())
 

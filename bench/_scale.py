@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from personalq.checkin import Checkin
-from personalq.checkin.indexing import index
+from personalq.checkin import Checkin, index
 from personalq.repository import Repository
 
 from ._requests import read_data

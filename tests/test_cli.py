@@ -66,6 +66,10 @@ def test_people_and_programs_get_the_same_facts(repo: Path, arguments: list[str]
     assert text.stdout.strip() and "{" not in text.stdout
 
 
+def test_index_counts_the_cards(repo: Path) -> None:
+    assert json.loads(run(repo, "index", "--json").stdout)["cards"] == len(CARDS)
+
+
 def test_show_knows_the_card_and_its_bundles(repo: Path) -> None:
     data = json.loads(run(repo, "show", "brown-dog", "--json").stdout)
     assert data["trigger"] == ["sks dog"] and data["has_weights"] is False and data["bundles"] == []

@@ -6,6 +6,7 @@ quantised by the spec, with the same integers as a bundle's. How to use the fold
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def write_settings(family: Family, settings: Settings, weights: CheckpointWeight
     (place / "scheduler").mkdir()
     _write_json(place / SCHEDULER, dict(settings.scheduler_config))
     index: dict[str, Any] = {"_class_name": PIPELINES[is_sdxl], "_diffusers_version": "0.35.2"}
-    index["scheduler"] = ["diffusers", scheduler_class(settings)]
+    index["scheduler"] = ["diffusers", scheduler_class(settings.scheduler_config)]
     for name in write_tokenizer_folders(settings, weights, place):
         index[name] = ["transformers", "CLIPTokenizer"]
     index |= {name: ["diffusers", "OnnxRuntimeModel"] for name in models}
@@ -137,9 +138,9 @@ def write_settings(family: Family, settings: Settings, weights: CheckpointWeight
     _write_json(place / "model_index.json", index)
 
 
-def scheduler_class(settings: Settings) -> str:
+def scheduler_class(config: Mapping[str, Any]) -> str:
     """The scheduler's class in diffusers; a base's own word for the module is not taken: optimum imports what stands there."""
-    name = settings.scheduler_config.get("_class_name")
+    name = config.get("_class_name")
     if not (isinstance(name, str) and name.isidentifier() and name.endswith("Scheduler")):
         raise RepositoryError(
             f"{SCHEDULER}: _class_name must be a scheduler of diffusers, got {name!r}; copy the base again"

@@ -24,6 +24,7 @@ from runtime.gate.gate import Options  # noqa: E402
 from runtime.gate.request import sources_of  # noqa: E402
 from tests.personalq.weights.test_one_file import PIPELINES, write_one  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers 0.42 gives numpy a tensor
 PROMPT = "a photo of sks dog on the beach"
 
 

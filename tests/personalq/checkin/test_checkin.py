@@ -13,10 +13,9 @@ from rank_bm25 import BM25Okapi
 
 import personalq.checkin.dialogue as dialogue
 from personalq.cards.card import Card, parse_card
-from personalq.checkin import Checkin, Decision, ask
+from personalq.checkin import Checkin, Decision, ask, index
 from personalq.checkin.answers import with_digits
 from personalq.checkin.encoder.minilm import Encoder, shared_encoder
-from personalq.checkin.indexing import index
 from personalq.checkin.indexing.bm25 import build_bm25
 from personalq.checkin.indexing.build import build_index, class_terms, documents, honest
 from personalq.checkin.indexing.index import load_index

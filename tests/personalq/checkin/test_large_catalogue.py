@@ -14,10 +14,9 @@ from safetensors.numpy import load_file
 
 import personalq.checkin.indexing.build as build
 from personalq.cards.card import Card, parse_card
-from personalq.checkin import Checkin, ask
+from personalq.checkin import Checkin, ask, index
 from personalq.checkin.encoder.composed import compose, token_rows
 from personalq.checkin.encoder.minilm import END, START, shared_encoder
-from personalq.checkin.indexing import index
 from personalq.checkin.indexing.build import build_index, card_text
 from personalq.checkin.indexing.index import Index, load_index, save_index
 from personalq.checkin.indexing.mapped import map_safetensors, write_safetensors
