@@ -47,7 +47,10 @@ def calibration_prompts(card: Card, count: int, seed: int = 0) -> list[str]:
 
 def plain_examples(card: Card) -> list[str]:
     """The card's own prompts as text encoders see them: without weights and adapters' tags."""
-    return [read_prompt(text, card.trigger).text.strip() if is_marked(text) else text.strip() for text in card.example_prompts]
+    return [
+        read_prompt(text, card.trigger).text.strip() if is_marked(text) else text.strip()
+        for text in card.example_prompts
+    ]
 
 
 def prompts_sha256(prompts: list[str]) -> str:
