@@ -63,16 +63,9 @@ def _write(source: Path, weights: CheckpointWeights, path: Path) -> dict[str, in
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(_tokenizer_json(source))
-    pieces = [piece for _, group in weights.added_tokens for piece in group]
-    if pieces:
+    if pieces := weights.pieces():
         tokenizer.add_tokens(pieces)
-    for offset, piece in enumerate(pieces):
-        found = tokenizer.token_to_id(piece)
-        if found != weights.first_added_id + offset:
-            raise RepositoryError(
-                f"{source.parent.name}/{source.name}: token {piece} must get id {weights.first_added_id + offset}, got {found}; "
-                "the base already knows this token: rename it in the checkpoint"
-            )
+        weights.check_ids(tokenizer.token_to_id, f"{source.parent.name}/{source.name}: ")
     tokenizer.save(str(path))
     return {kind: tokenizer.token_to_id(token) for kind, token in _special_tokens(source).items()}
 

@@ -127,16 +127,10 @@ def _model(component: str, config: dict[str, Any], weights: ComponentWeights) ->
 
 def _add_tokens(pipe: Pipe, weights: CheckpointWeights) -> None:
     """Teach every tokenizer the learned tokens; their rows are in the text encoders already."""
-    pieces = [piece for _, group in weights.added_tokens for piece in group]
+    pieces = weights.pieces()
     for tokenizer in filter(None, (pipe.tokenizer, getattr(pipe, "tokenizer_2", None))) if pieces else ():
         tokenizer.add_tokens(pieces)
-        for offset, piece in enumerate(pieces):
-            found = tokenizer.convert_tokens_to_ids(piece)
-            if found != weights.first_added_id + offset:
-                raise RepositoryError(
-                    f"token {piece}: must get id {weights.first_added_id + offset}, got {found}; "
-                    "the base already knows this token: rename it in the checkpoint"
-                )
+        weights.check_ids(tokenizer.convert_tokens_to_ids)
 
 
 def quantisable_layers(unet: nn.Module) -> dict[str, nn.Module]:

@@ -36,12 +36,14 @@ def checkpoints_in(path: Path) -> list[Path]:
     loose = len(weights) + len(pickles)
     if loose == 0:
         return parts or [path]
-    if len(headers) == len(weights) and not parts and not pickles and _is_together(path, headers):
+    distinct = _without_twins(weights, headers)
+    is_readable = len(headers) == len(weights) and not pickles
+    if is_readable and not parts and _is_together(path, {file: headers[file] for file in distinct}):
         return [path]
     if loose == 1 and not parts:
         return [path]
     beside = {emb for file in weights for emb in embedding_beside(file)}
-    return sorted([*(file for file in _without_twins(weights, headers) if file not in beside), *pickles]) + parts
+    return sorted([*(file for file in distinct if file not in beside), *pickles]) + parts
 
 
 def training_states(path: Path) -> list[str]:
@@ -53,7 +55,7 @@ def twins_in(path: Path) -> list[Path]:
     """The loose files of a folder that hold another one's LoRA in another spelling."""
     weights = sorted(file for file in path.glob(f"*{_SUFFIX}") if file.is_file())
     headers = {file: header for file in weights if (header := _header(file)) is not None}
-    return [] if len(weights) < 2 else sorted(set(weights) - set(_without_twins(weights, headers)))
+    return sorted(set(weights) - set(_without_twins(weights, headers)))
 
 
 def embedding_beside(file: Path) -> list[Path]:
@@ -64,9 +66,8 @@ def embedding_beside(file: Path) -> list[Path]:
 
 def needed_pickles(folder: Path, files: Sequence[Path]) -> list[Path]:
     """The pickles in a checkpoint's folder that hold weights which nothing else there holds."""
-    is_pipeline = (
-        folder / "model_index.json"
-    ).is_file()  # beside its folders a pickle is the same pipeline as one file
+    # beside a pipeline's folders a pickle is the same pipeline as one file
+    is_pipeline = (folder / "model_index.json").is_file()
     return [file for file in lone_pickles(files) if file.parent != folder or not is_pipeline]
 
 
@@ -92,20 +93,22 @@ def _header(file: Path) -> Header | None:
 
 
 def _is_together(path: Path, headers: Mapping[Path, Header]) -> bool:
-    """Whether loose files are one checkpoint: one LoRA, model or delta and its embeddings, or a few embeddings."""
+    """Whether loose files without twins are one checkpoint: one LoRA, model or delta and its embeddings, or a few embeddings."""
     kinds = {file: file_kind(header.shapes) for file, header in headers.items()}
     heads = [file for file, kind in kinds.items() if kind in _HEADS]
     tokens = [file for file, kind in kinds.items() if kind == "textual_inversion"]
     if len(heads) + len(tokens) < len(headers):
         return len(headers) == 1
     if heads:
-        return len(_without_twins(heads, headers)) == 1 and len(tokens) <= _FEW_TOKENS
+        return len(heads) == 1 and len(tokens) <= _FEW_TOKENS
     is_said = (path / "README.md").is_file() or any(file.stem.startswith("learned_embeds") for file in tokens)
     return len(tokens) == 1 or (is_said and len(tokens) <= _FEW_TOKENS)
 
 
 def _without_twins(files: list[Path], headers: Mapping[Path, Header]) -> list[Path]:
     """The files without those that hold another's matrices under other names: trainers write a LoRA in two spellings."""
+    if len(files) < 2:  # a lone file has no twin, and may be large to hash
+        return files
     kept: dict[object, Path] = {}
     for file in sorted(files, key=lambda file: (not file.name.startswith("pytorch_lora_weights"), file.name)):
         kept.setdefault(_fingerprint(file, headers.get(file)), file)

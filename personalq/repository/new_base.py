@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RepositoryError
-from ..weights.header import read_header
+from ..weights.header import Header, read_header
 from ..weights.marks import read_marks
 from ..weights.models import SECOND_ENCODER
 from ..weights.one_file.clip_tokenizer import END, N_TOKENS, write_tokenizer
@@ -53,7 +53,7 @@ def write_base(file: Path, folder: Path) -> tuple[str, ...]:
             "add the model as a diffusers folder, with its own tokenizer"
         )
     unpack(read_original(opened, infer_shapes(opened.shapes, configs)), folder)
-    scheduler, warnings = _scheduler(family, opened, file.name)
+    scheduler, warnings = _scheduler(family, header, file.name)
     if family == "sd2" and scheduler["prediction_type"] == "v_prediction":
         configs["unet"]["sample_size"] = 96
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -66,10 +66,10 @@ def write_base(file: Path, folder: Path) -> tuple[str, ...]:
     return warnings
 
 
-def _scheduler(family: str, opened: TensorFile, name: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _scheduler(family: str, header: Header, name: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The family's scheduler with what the file says of itself; a warning when the kind of prediction is only likely."""
     config = {**_SCHEDULERS[family], "prediction_type": _PREDICTS[family]}
-    marks = read_marks(read_header(opened.path), name)
+    marks = read_marks(header, name)
     said = {**marks.by_header, **marks.by_tensors}
     config |= {field: value for field, (value, _) in said.items()}
     if config.get("rescale_betas_zero_snr"):

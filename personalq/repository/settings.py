@@ -60,7 +60,8 @@ class Settings:
 
 def read_settings(base_dir: Path, checkpoint_dir: Path | None = None) -> Settings:
     """The settings of a checkpoint over its base (None: of the base). Raises RepositoryError for a file that is broken."""
-    own = None if checkpoint_dir is None or checkpoint_dir.is_file() else checkpoint_dir
+    is_over_base = checkpoint_dir is not None and checkpoint_dir != base_dir and not checkpoint_dir.is_file()
+    own = checkpoint_dir if is_over_base else None
     sources: dict[str, str] = {}
     scheduler_file = _found(base_dir, own, SCHEDULER, "scheduler", sources)
     if not scheduler_file.is_file():
@@ -71,7 +72,8 @@ def read_settings(base_dir: Path, checkpoint_dir: Path | None = None) -> Setting
     index, recommended = _found(base_dir, own, INDEX), _found(base_dir, own, RECOMMENDED, "steps and guidance", sources)
     # a scheduler that the checkpoint brought is what its own config says, whatever the base's index names
     is_lent = sources["scheduler"] == _OF_CHECKPOINT and index.parent == base_dir
-    named = {} if is_lent else _json(index)
+    pipeline = _json(index)
+    named = {} if is_lent else pipeline
     scheduler = resolve_scheduler(config, named, is_xl=SECOND_ENCODER in configs, where=str(scheduler_file))
     wanted = _json(recommended)
     files = {INDEX: index, RECOMMENDED: recommended, SCHEDULER: scheduler_file}
@@ -82,7 +84,7 @@ def read_settings(base_dir: Path, checkpoint_dir: Path | None = None) -> Setting
         config,
         tokenizers,
         configs,
-        _json(index),
+        pipeline,
         int(wanted.get("steps", 25)),
         float(wanted.get("guidance", 7.5)),
         {name: file for name, file in files.items() if file.is_file()},
@@ -92,19 +94,20 @@ def read_settings(base_dir: Path, checkpoint_dir: Path | None = None) -> Setting
 
 def _found(base_dir: Path, own: Path | None, name: str, what: str = "", sources: dict[str, str] | None = None) -> Path:
     """A file of the checkpoint, else of the base."""
-    is_own = own is not None and own != base_dir and (own / name).is_file()
+    place = own if own is not None and (own / name).is_file() else base_dir
     if what and sources is not None:
-        sources[what] = _OF_CHECKPOINT if is_own else _OF_BASE
-    return own / name if is_own and own is not None else base_dir / name
+        sources[what] = _OF_BASE if place == base_dir else _OF_CHECKPOINT
+    return place / name
 
 
 def _tokenizers(base_dir: Path, own: Path | None, sources: dict[str, str]) -> Iterator[tuple[str, Path]]:
     for name in TOKENIZERS:
-        holds = [own / name / file for file in ("tokenizer.json", "vocab.json")] if own else []
-        is_own = own != base_dir and any(file.is_file() for file in holds)
-        if is_own or (base_dir / name).is_dir():
-            sources[name] = _OF_CHECKPOINT if is_own else _OF_BASE
-            yield name, own / name if is_own and own is not None else base_dir / name
+        if own is not None and any((own / name / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+            sources[name] = _OF_CHECKPOINT
+            yield name, own / name
+        elif (base_dir / name).is_dir():
+            sources[name] = _OF_BASE
+            yield name, base_dir / name
 
 
 def _configs(base_dir: Path, own: Path | None, sources: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -113,17 +116,18 @@ def _configs(base_dir: Path, own: Path | None, sources: dict[str, str]) -> dict[
     Raises RepositoryError when one means another graph than the base's.
     """
     configs = read_configs(base_dir)
-    for component in configs if own is not None and own != base_dir else ():
+    for component in configs:
         if own is None or not (own / component / "config.json").is_file():
             continue
-        mine, theirs = architecture(component, read_config(own, component)), architecture(component, configs[component])
+        config = read_config(own, component)
+        mine, theirs = architecture(component, config), architecture(component, configs[component])
         odd = next((field for field in {**theirs, **mine} if mine.get(field) != theirs.get(field)), None)
         if odd is not None:
             raise RepositoryError(
                 f"{own.name}/{component}/config.json: {odd} must be {theirs.get(odd)!r} as in the base, "
                 f"got {mine.get(odd)!r}; add the checkpoint with --base of the model it was trained on"
             )
-        configs[component] = read_config(own, component)
+        configs[component] = config
         sources[component] = _OF_CHECKPOINT
     return configs
 

@@ -7,7 +7,7 @@ the `text_model.` prefix, text_encoder_2 (CLIPTextModelWithProjection) with it, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,20 @@ class CheckpointWeights:
     components: Mapping[str, ComponentWeights]
     added_tokens: tuple[tuple[str, tuple[str, ...]], ...]
     first_added_id: int
+
+    def pieces(self) -> list[str]:
+        """Every piece of every added token, in the order of their ids."""
+        return [piece for _, group in self.added_tokens for piece in group]
+
+    def check_ids(self, id_of: Callable[[str], int | None], where: str = "") -> None:
+        """Raise RepositoryError unless a tokenizer that was taught the pieces gives each the id of its row."""
+        for offset, piece in enumerate(self.pieces()):
+            wanted, found = self.first_added_id + offset, id_of(piece)
+            if found != wanted:
+                raise RepositoryError(
+                    f"{where}token {piece}: must get id {wanted}, got {found}; "
+                    "the base already knows this token: rename it in the checkpoint"
+                )
 
     def component(self, name: str) -> ComponentWeights:
         """One of COMPONENTS. Raises RepositoryError when the checkpoint has no such model."""
