@@ -51,8 +51,31 @@ class SpecEntry(Frozen):
     storage: str
 
 
+class BranchPlace(Frozen):
+    """A layer whose graph takes an adapter's matrices. weight: the layer's (N, K) or (N, C, kh, kw).
+
+    is_wide: only the graph 'ort_wide' takes it; the others of a bundle have no input for it.
+    """
+
+    op: Literal["linear", "conv"]
+    weight: tuple[int, ...]
+    is_wide: bool = False
+
+
+class AdapterInputs(Frozen):
+    """What the graphs of a base's bundle take of an adapter (docs/adapters.md), beside its strength.
+
+    branches: graph ('unet', 'text_encoder', 'text_encoder_2') -> layer -> place: inputs `<layer>.down`, `<layer>.up` and
+    `adapter_strength`. first_added_id: tokens from here on have their vectors in the text encoders' `added_vectors`.
+    text_rows.onnx takes `added_rows`: what adapters change in K and V of the text.
+    """
+
+    branches: dict[str, dict[str, BranchPlace]]
+    first_added_id: int
+
+
 class Graphs(Frozen):
-    """File names inside the bundle. unet: one file per lowering ('ort', 'trt')."""
+    """File names inside the bundle. unet: one file per lowering ('ort', 'trt'; of a base also 'ort_wide', 'trt_rank16', ...)."""
 
     unet: dict[str, str]
     text_rows: str
@@ -109,7 +132,14 @@ class Sizes(Frozen):
 
 
 class Manifest(Frozen):
+    """kind: an engine of one checkpoint, its delta merged, or of a base, to which adapters are attached.
+
+    adapters: None where the graphs take none. weights_sha256 of a base alone, for which adapters are made, is
+    key_parts['weights'].
+    """
+
     schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["merged", "base"] = "merged"
     key: str
     key_parts: dict[str, str]
     checkpoint: CheckpointEntry
@@ -127,6 +157,7 @@ class Manifest(Frozen):
     sizes: Sizes
     census: dict[str, int] = Field(description="layers by 'op weight/activation', e.g. 'conv int8/int8': 40")
     unquantised: dict[str, str] = Field({}, description="layer -> why it stays float")
+    adapters: AdapterInputs | None = None
     versions: dict[str, str] = {}
     files: dict[str, FileEntry] = {}
 

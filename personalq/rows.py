@@ -4,6 +4,7 @@ numpy only; shared by calibration, exporters and runtime. It knows token ids and
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +26,14 @@ class RowLayer(BaseModel):
 
 
 class KeptTokens(BaseModel):
-    """Which tokens of a prompt keep FP16 rows. Trigger and class noun are token-id sequences, matched anywhere."""
+    """Which tokens of a prompt keep FP16 rows. Trigger and class noun are token-id sequences, matched anywhere.
+
+    of_adapter: in a base's spec, whose words are still to come: 'trigger' and 'class_noun' of whatever is attached.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     slots: int = 8
+    of_adapter: tuple[Literal["trigger", "class_noun"], ...] = ()
     trigger: tuple[tuple[int, ...], ...] = ()
     class_noun: tuple[tuple[int, ...], ...] = ()
     bos: bool = False

@@ -31,7 +31,7 @@ from .atomic import atomic_directory, named_failure, remove, temporary_beside, w
 from .intake import copy_files, place_files
 from .listing import card_at, listed_cards
 from .new_base import write_base
-from .results import Added, AddedBase, AddResult, Entry, Refused, Report, silent
+from .results import Added, AddedBase, AddResult, Entry, Refused, Report, Whole, silent
 from .settings import read_settings
 from .sharing import forget_dangling
 
@@ -126,6 +126,16 @@ class Repository:
             f"checkpoint {card.id!r}: base must be one in this repository ({here}), got {wanted}; "
             "add it with 'personalq add --base'"
         )
+
+    def whole(self, id_: str) -> Whole:
+        """A checkpoint over its base, or a base as it is: what can be calibrated and exported.
+
+        A checkpoint comes before a base of the same id. Raises RepositoryError for an unknown id, and for a card without weights.
+        """
+        if id_ in self.bases() and not self.has_weights(id_):
+            return Whole(Card(id=id_, name=id_, kind="dreambooth", base=id_), self._base_folder(id_))
+        card = self.card(id_)
+        return Whole(card, self.base_dir(card), self.checkpoint_dir(id_))
 
     def bases(self) -> list[str]:
         """Return the ids of the base pipelines here."""

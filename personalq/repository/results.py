@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..cards.card import Card
@@ -13,6 +14,19 @@ Report = Callable[[str, float | None], None]
 
 def silent(_: str, __: float | None = None) -> None:
     """No progress shown."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole pipeline: a base with one checkpoint over it, or as it is (checkpoint_dir None; its card says only its id)."""
+
+    card: Card
+    base_dir: Path
+    checkpoint_dir: Path | None = None
+
+    @property
+    def is_base(self) -> bool:
+        return self.checkpoint_dir is None
 
 
 @dataclass(frozen=True)
