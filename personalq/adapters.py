@@ -46,16 +46,16 @@ class AdapterManifest(Frozen):
     family: str
     exporter_version: str
     scheduler: dict[str, Any]
-    sources: dict[str, str] = {}
+    sources: dict[str, str] = Field({}, description="where scheduler and tokens come from")
     steps: int = 25
     guidance: float = 7.5
     learned: tuple[Learned, ...] = ()
     rank: int = 0
-    errors: dict[str, float] = {}
+    errors: dict[str, float] = Field({}, description="see above")
     left_out: tuple[str, ...] = ()
     correction: Correction | None = None
     bytes: int = Field(0, description="of adapter.safetensors")
-    files: dict[str, FileEntry] = {}
+    files: dict[str, FileEntry] = Field({}, description="name -> hash and size")
 
     @property
     def expansions(self) -> dict[str, str]:

@@ -24,14 +24,22 @@ Shapes = Mapping[str, tuple[int, ...]]
 ANOTHER_BASE = "add it with --base of the model it was trained on"
 
 
+Factors = tuple[
+    Float, Float
+]  # up (N, r), down (r, K): the change is up @ down, a convolution's axes after N taken as one
+
+
 class Edit(Protocol):
     """What happens to one parameter of the base.
 
-    rank: the change is exactly a product up @ down this wide (or narrower); None: it is not known to be one.
+    rank: the change is exactly a product this wide (or narrower), which `factors` gives; None: it is not known to be one.
     """
 
     @property
     def rank(self) -> int | None: ...
+
+    def factors(self, base: Array) -> Factors:
+        """The change of `base` as a product, float32; only where there is a rank."""
 
     def shape(self, base: tuple[int, ...]) -> tuple[int, ...]: ...
 
@@ -44,6 +52,9 @@ class Kept:
     @property
     def rank(self) -> int | None:
         return None
+
+    def factors(self, base: Array) -> Factors:
+        raise NotImplementedError(f"{type(self).__name__} is no product")
 
     def shape(self, base: tuple[int, ...]) -> tuple[int, ...]:
         return base
@@ -72,6 +83,10 @@ class LowRank(Sum):
     @property
     def rank(self) -> int:
         return self.file.shape(self.down)[0]
+
+    def factors(self, base: Array) -> Factors:
+        down, up = (self.file.read(name).astype(np.float32) for name in (self.down, self.up))
+        return np.float32(self.scale) * up.reshape(up.shape[0], -1), down.reshape(down.shape[0], -1)
 
     def delta(self, base: tuple[int, ...]) -> Float:
         down, up = (self.file.read(name).astype(np.float32) for name in (self.down, self.up))
