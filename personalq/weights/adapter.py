@@ -6,8 +6,8 @@ itself is cut to its largest singular values (Eckart and Young 1936); how much t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from .tensorfile import TensorFile
 
 Half = npt.NDArray[np.float16]
 ENCODERS = ("text_encoder", SECOND_ENCODER)
+CORRECTION = "correction"  # stands where a component's name does
 DOWN, UP, CHANGE, ADDED = ".down", ".up", ".change", "added_vectors"
 TEXT_ROWS = (".attn2.to_k", ".attn2.to_v")  # read by the row encoder, once per prompt: these may change in full
 MOST_RANK = 256  # wider branches cost more than they save
@@ -67,6 +68,7 @@ class Adapter:
     """branches: component -> layer. changes: layer of TEXT_ROWS -> W' - W (N, K) float16. added: text encoder -> (n, C) float16.
 
     left_out: what of the delta has no place here, in words; [] where the adapter is the whole delta.
+    correction: layer of the UNet -> what makes up for the rounding of one base's spec (adapters.Correction).
     """
 
     branches: Mapping[str, Mapping[str, Branch]] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class Adapter:
     def tensors(self) -> dict[str, Half]:
         """As they are named in the file."""
         found: dict[str, Half] = {}
-        for component, layers in self.branches.items():
+        for component, layers in (*self.branches.items(), (CORRECTION, self.correction)):
             for layer, branch in layers.items():
                 found[f"{component}.{layer}{DOWN}"], found[f"{component}.{layer}{UP}"] = branch.down, branch.up
         found |= {f"unet.{layer}{CHANGE}": change for layer, change in self.changes.items()}
@@ -113,7 +115,8 @@ def read_adapter(path: Path) -> Adapter:
             raise RepositoryError(
                 f"{path}: must hold pairs of {DOWN} and {UP}, got {name!r}; export the checkpoint again"
             )
-    return Adapter(branches, changes, added)
+    correction = branches.pop(CORRECTION, {})
+    return Adapter(branches, changes, added, correction=correction)
 
 
 def _read(file: TensorFile, name: str) -> Half:
@@ -151,21 +154,30 @@ def why_not(weights: CheckpointWeights) -> str:
     return ""
 
 
-def adapter_of(weights: CheckpointWeights, base: CheckpointWeights, limits: Limits | None = None) -> Adapter:
+def adapter_of(
+    weights: CheckpointWeights,
+    base: CheckpointWeights,
+    limits: Limits | None = None,
+    report: Callable[[str, float], None] = lambda text, done: None,
+) -> Adapter:
     """The adapter of a checkpoint over its base, exact where `why_not` is '', else as near as `limits` allow.
 
+    report(text, fraction) as it goes on: singular values of a whole UNet take minutes.
     Raises RepositoryError for a delta with NaN or Inf in it, or that float16 cannot hold.
     """
     limits = limits or Limits()
     branches: dict[str, dict[str, Branch]] = {}
     changes, added = dict[str, Half](), dict[str, Half]()
     left_out: list[str] = []
+    n_done, n_changed = 0, sum(len(model.changed) for model in weights.components.values())
     for component, model in weights.components.items():
         for name in sorted(model.changed):
             where, layer, edit = f"{component}.{name}", name.removesuffix(".weight"), model.edit(name)
+            report(f"adapter: {where}", n_done / n_changed)
+            n_done += 1
             kind = _kind(component, name, model.shape(name), edit)
             if kind == "tokens" and isinstance(edit, AppendedRows):
-                added[component] = _half(model.read(name)[edit.keep :], where)
+                added[component] = _half(edit.rows(model.shape(name)[1]), where)
             elif kind == "left out":
                 left_out += [where] if _differs(model, base.component(component), name) else []
             elif kind == "text rows":
@@ -199,13 +211,14 @@ def _branch(model: ComponentWeights, base: ComponentWeights, name: str, limits: 
     n, k = shape[0], int(np.prod(shape[1:]))
     rank = edit.rank if edit is not None else None
     if edit is not None and rank is not None and rank <= min(n, k):
-        up, down = edit.factors(base.read(name))
+        up, down = edit.factors(lambda: base.read(name))
         up, down, error = (up, down, 0.0) if rank <= limits.rank else narrowed(up, down, limits)
     else:
         change = _change(model, base, name).reshape(n, k)
         if not change.any():
             return None
-        up, down, error = truncated(change, limits)
+        # a product wider than the layer is what it is: only the most that a rank may be cuts it
+        up, down, error = truncated(change, limits if rank is None else replace(limits, energy=1.0))
     up, down = balanced(up, down)
     if len(shape) == 4:
         return Branch(_half(down.reshape(-1, *shape[1:]), where), _half(up, where), error)

@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 
 from ..tensorfile import Array, TensorFile
-from .edits import Factors, Float, Kept, Sum
+from .edits import Factors, Float, Kept, Read, Sum
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Tucker(Sum):
     def rank(self) -> int:
         return self.file.shape(self.up)[1]
 
-    def factors(self, base: Array) -> Factors:
+    def factors(self, read: Read) -> Factors:
         """up (out, r) and mid (x) down (r, in * kh * kw)."""
         down, mid, up = (self.file.read(name).astype(np.float32) for name in (self.down, self.mid, self.up))
         inner = np.einsum("ij...,jq->iq...", mid, down.reshape(down.shape[:2]))
@@ -114,7 +114,7 @@ class Hadamard(Sum):
     def rank(self) -> int:
         return self.first.widest() * self.second.widest()
 
-    def factors(self, base: Array) -> Factors:
+    def factors(self, read: Read) -> Factors:
         """(u d) * (v e), element by element, is the product of every column of u with every one of v, and of d's and e's rows."""
         (u, d), (v, e) = self.first.factors(), self.second.factors()
         up = (u[:, :, None] * v[:, None, :]).reshape(len(u), -1)
@@ -137,7 +137,7 @@ class Kronecker(Sum):
     def rank(self) -> int:
         return self.first.widest() * self.second.widest()
 
-    def factors(self, base: Array) -> Factors:
+    def factors(self, read: Read) -> Factors:
         """(u d) (x) (v e) = (u (x) v) (d (x) e)."""
         (u, d), (v, e) = self.first.factors(), self.second.factors()
         return np.float32(self.scale) * np.kron(u, v), np.kron(d, e)
@@ -165,10 +165,11 @@ class Generalised(Kept):
         """Twice r for a Linear: W a1 and b1 side by side, a2 over b2. A convolution mixes its channels at every place."""
         return 2 * self.file.shape(self.b2)[0] if len(self.file.shape(self.b2)) == 2 else None
 
-    def factors(self, base: Array) -> Factors:
+    def factors(self, read: Read) -> Factors:
         """[W a1, b1] and [a2; b2] of a Linear."""
         a1, a2, b1, b2 = (self.file.read(name).astype(np.float32) for name in (self.a1, self.a2, self.b1, self.b2))
-        up = np.concatenate([np.asarray(base, np.float32) @ a1.reshape(len(a1), -1), b1.reshape(len(b1), -1)], axis=1)
+        left = np.asarray(read(), np.float32) @ a1.reshape(len(a1), -1)
+        up = np.concatenate([left, b1.reshape(len(b1), -1)], axis=1)
         return np.float32(self.scale) * up, np.concatenate([a2.reshape(len(a2), -1), b2.reshape(len(b2), -1)])
 
     def apply(self, base: Array) -> Float:
