@@ -85,9 +85,15 @@ def list_() -> Result:
 @click.argument("id_", metavar="ID")
 @reports
 def show(id_: str) -> Result:
-    """Show one checkpoint's card and bundles."""
+    """Show one checkpoint's card, its form and its bundles."""
     repository = opened()
-    found = {"has_weights": repository.has_weights(id_), "bundles": [one.name for one in repository.bundles(id_)]}
+    exports = repository.exports(id_)
+    found = {
+        "has_weights": repository.has_weights(id_),
+        "form": exports.form,
+        "bundles": [one.folder.name for one in exports.bundles],
+        "exports": exports.rows(),
+    }
     return Result({**repository.card(id_).to_json(), **found})
 
 

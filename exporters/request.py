@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,33 @@ def export_request(
     settings: 'KEY=VALUE' of a TensorRT engine (exporters.targets.settings). Raises EngineError for a target that cannot be
     made here, before anything is written, and what `export_checkpoint` and `build_plan` raise.
     """
+    return _with_plans(export_checkpoint, repository, checkpoint_id, spec, targets, progress, settings)
+
+
+def base_request(
+    repository: Repository,
+    base_id: str,
+    spec: Path | None,
+    targets: Sequence[str],
+    progress: Report = silent,
+    settings: Sequence[str] = (),
+) -> ExportResult:
+    """The same of a base, whose engine takes adapters; `spec` None takes the base's that was calibrated last."""
+    from .export import export_base
+
+    return _with_plans(export_base, repository, base_id, spec, targets, progress, settings)
+
+
+def _with_plans(
+    export: Callable[[Repository, str, Path, Report], ExportResult],
+    repository: Repository,
+    id_: str,
+    spec: Path | None,
+    targets: Sequence[str],
+    progress: Report,
+    settings: Sequence[str],
+) -> ExportResult:
+    """A bundle, and its plans; what cannot be made here is refused before anything is written."""
     chosen = read_settings(settings)
     for target in targets:
         if target not in MADE:
@@ -51,9 +78,7 @@ def export_request(
             raise EngineError(f"target: must be one that this version makes ({made}), got {target!r}; leave it out")
         if target in MODULES:
             require(target)
-    result = export_checkpoint(
-        repository, checkpoint_id, meant_spec(repository, checkpoint_id, spec, progress), progress
-    )
+    result = export(repository, id_, meant_spec(repository, id_, spec, progress), progress)
     for target in (one for one in targets if one in MODULES):
         built = build_plan(result.bundle, repository.root / TIMING, target, chosen, lambda text: progress(text, 0.95))
         for line in built.mismatches or ():

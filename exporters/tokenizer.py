@@ -53,7 +53,7 @@ def write_tokenizer_folders(settings: Settings, weights: CheckpointWeights, fold
         file = source / "tokenizer_config.json"
         config = json.loads(file.read_text()) if file.is_file() else {}
         config |= {"tokenizer_class": "CLIPTokenizer", "added_tokens_decoder": tokens}
-        config |= {f"{kind}_token": token for kind, token in _special_tokens(source).items()}
+        config |= {f"{kind}_token": token for kind, token in special_tokens(source).items()}
         (place / "tokenizer_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     return [*settings.tokenizers]
 
@@ -67,7 +67,7 @@ def _write(source: Path, weights: CheckpointWeights, path: Path) -> dict[str, in
         tokenizer.add_tokens(pieces)
         weights.check_ids(tokenizer.token_to_id, f"{source.parent.name}/{source.name}: ")
     tokenizer.save(str(path))
-    return {kind: tokenizer.token_to_id(token) for kind, token in _special_tokens(source).items()}
+    return {kind: tokenizer.token_to_id(token) for kind, token in special_tokens(source).items()}
 
 
 def _tokenizer_json(folder: Path) -> str:
@@ -84,7 +84,7 @@ def _tokenizer_json(folder: Path) -> str:
     return json.dumps(tokenizer_json(vocab, merges))
 
 
-def _special_tokens(folder: Path) -> dict[str, str]:
+def special_tokens(folder: Path) -> dict[str, str]:
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():

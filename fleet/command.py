@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,8 @@ from personalq.errors import RepositoryError
 from runtime.commands import exporting_options, fleet_options, serving_options
 from runtime.console import Result, progress, reports
 
+from .exporting import export_base, export_one, refuse_given
+
 if TYPE_CHECKING:
     from personalq.repository import Repository
 
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from .work import Work
 
 
-ONE_ONLY = ("lint", "triton", "layout", "out")
-BUNDLE_ONLY = ("targets", "settings", "lint", "triton", "store")
+ONE_ONLY = ("lint", "triton", "layout", "out", "rank", "energy", "correct")
 MANY_ONLY = ("workers", "threads", "memory_mb", "retries", "verify", "on", "address", "gpus")
 OF_RAY = ("address", "gpus")
 SERVED_ON_RAY = (*OF_RAY, "replicas", "max_replicas", "threads")
@@ -35,16 +35,19 @@ def export_command(opened: "Callable[[], Repository]") -> click.Command:
     @exporting_options
     @fleet_options
     @reports
-    def export(id_: str | None, every: bool, ids: Path | None, **options: Any) -> Result:
-        """Export a checkpoint under a spec into a bundle, and build its engines; with --all or --ids, many of them."""
-        if [id_ is not None, every, ids is not None].count(True) != 1:
-            raise click.UsageError("name one of ID, --all and --ids FILE")
-        _refuse_given(ONE_ONLY if id_ is None else MANY_ONLY, "one ID" if id_ is None else "--all or --ids")
+    def export(id_: str | None, base_id: str | None, every: bool, ids: Path | None, **options: Any) -> Result:
+        """Export a checkpoint, attached to its base's engine or merged into its own; a base's engine; or many at once."""
+        if [id_ is not None, base_id is not None, every, ids is not None].count(True) != 1:
+            raise click.UsageError("name one of ID, --base ID, --all and --ids FILE")
+        is_many = every or ids is not None
+        refuse_given(ONE_ONLY if is_many else MANY_ONLY, "one ID" if is_many else "--all or --ids")
         if options["on"] == "ray":
-            _refuse_given(("workers",), "--on local; Ray runs as many as the cluster has room for")
+            refuse_given(("workers",), "--on local; Ray runs as many as the cluster has room for")
         else:
-            _refuse_given(OF_RAY, "--on ray")
-        return _one(opened(), id_, **options) if id_ is not None else _many(opened(), ids, **options)
+            refuse_given(OF_RAY, "--on ray")
+        if is_many:
+            return _many(opened(), ids, **options)
+        return export_one(opened(), id_, options) if id_ is not None else export_base(opened(), base_id or "", options)
 
     return export
 
@@ -57,7 +60,7 @@ def serve_command(opened: "Callable[..., Repository]") -> click.Command:
     def serve(on: str, **options: Any) -> None:
         """Serve the repository over HTTP: OpenAI-compatible images, Check-in, metrics, and a page at /."""
         if on == "local":
-            _refuse_given(SERVED_ON_RAY, "--on ray")
+            refuse_given(SERVED_ON_RAY, "--on ray")
         root = opened(create=bool(options["store"])).root
         ray = {name: options.pop(name) for name in SERVED_ON_RAY}
         if on == "ray":
@@ -88,57 +91,6 @@ def _serve_on_ray(
     gpus = float(options["target"].startswith("tensorrt")) if gpus is None else gpus
     size = Replicas(replicas, max(replicas, max_replicas or 0), threads, gpus)
     serve_on_ray(options_of(root, threads=threads, **options), size, address)
-
-
-def _refuse_given(names: tuple[str, ...], goes_with: str) -> None:
-    """Refuse options that would be ignored."""
-    context = click.get_current_context()
-    given = [name for name in names if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE]
-    if given:
-        flag = next(one.opts[0] for one in context.command.params if one.name == given[0])
-        raise click.UsageError(f"{flag} goes with {goes_with}")
-
-
-def _one(repository: "Repository", id_: str, **options: Any) -> Result:
-    if options["layout"] is not None or options["out"] is not None:
-        return _layout(repository, id_, options["spec"], options["layout"], options["out"])
-    repository.checkpoint_dir(id_)
-    from exporters.request import export_request, lint_result
-
-    with progress() as report:
-        made = export_request(repository, id_, options["spec"], options["targets"], report, options["settings"])
-    if options["lint"]:
-        return Result(*lint_result(made))
-    published: dict[str, str] = {}
-    if options["store"]:
-        from personalq.repository.remote import Remote
-
-        Remote(options["store"]).publish(made.bundle, repository.card(id_))
-        published = {"store": options["store"]}
-    triton = _triton(made.bundle, options["triton"])
-    return Result({**asdict(made), "bundle": str(made.bundle), **triton, **published})
-
-
-def _layout(repository: "Repository", id_: str, spec: Path | None, layout: str | None, out: Path | None) -> Result:
-    """A folder for another pipeline, instead of a bundle."""
-    if layout is None or out is None:
-        raise click.UsageError("--layout and --out go together")
-    _refuse_given(BUNDLE_ONLY, "a bundle, which --layout does not write")
-    repository.checkpoint_dir(id_)
-    from exporters.request import optimum_request
-
-    with progress() as report:
-        made = optimum_request(repository, id_, spec, out, report)
-    return Result({"layout": layout, **asdict(made), "folder": str(made.folder)})
-
-
-def _triton(bundle: Path, place: Path | None) -> dict[str, list[str]]:
-    """The models that were written, when a Triton model repository was named."""
-    if place is None:
-        return {}
-    from exporters.targets.triton import write_triton
-
-    return {"triton": write_triton(bundle, place)}
 
 
 def _many(repository: "Repository", ids: Path | None, *, retries: int, **options: Any) -> Result:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from .bundle import MANIFEST, CheckpointEntry, FileEntry, Frozen, inside
+from .bundle import MANIFEST, CheckpointEntry, FileEntry, Frozen, Manifest, inside, read_manifest
 from .errors import BundleError
 
 ADAPTER = "adapter.safetensors"
@@ -46,16 +46,16 @@ class AdapterManifest(Frozen):
     family: str
     exporter_version: str
     scheduler: dict[str, Any]
-    sources: dict[str, str] = {}
+    sources: dict[str, str] = Field({}, description="where scheduler and tokens come from")
     steps: int = 25
     guidance: float = 7.5
     learned: tuple[Learned, ...] = ()
     rank: int = 0
-    errors: dict[str, float] = {}
+    errors: dict[str, float] = Field({}, description="see above")
     left_out: tuple[str, ...] = ()
     correction: Correction | None = None
     bytes: int = Field(0, description="of adapter.safetensors")
-    files: dict[str, FileEntry] = {}
+    files: dict[str, FileEntry] = Field({}, description="name -> hash and size")
 
     @property
     def expansions(self) -> dict[str, str]:
@@ -86,3 +86,17 @@ def read_adapter_manifest(bundle: Path) -> AdapterManifest:
     for name in manifest.files:
         inside(bundle, name)
     return manifest
+
+
+def read_any(bundle: Path) -> Manifest | AdapterManifest:
+    """The manifest of an adapter or of an engine. Raises BundleError."""
+    return read_adapter_manifest(bundle) if is_adapter(bundle) else read_manifest(bundle)
+
+
+def parse_any(data: bytes) -> Manifest | AdapterManifest:
+    """The manifest of an adapter or of an engine, from its JSON. Raises pydantic's ValidationError."""
+    try:
+        kind = json.loads(data)["kind"]
+    except (ValueError, KeyError, TypeError):
+        kind = ""
+    return (AdapterManifest if kind == "adapter" else Manifest).model_validate_json(data)

@@ -5,10 +5,10 @@ Read by the runtime, the gate and the repository; written only by the exporters.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -216,11 +216,18 @@ def read_manifest(bundle: Path) -> Manifest:
     return manifest
 
 
-def manifest_bytes(manifest: Manifest) -> bytes:
+def manifest_bytes(manifest: Frozen) -> bytes:
     return (json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
 
 
-def check_files(bundle: Path, manifest: Manifest) -> list[str]:
+class Listing(Protocol):
+    """A manifest of any kind: what files the bundle has."""
+
+    @property
+    def files(self) -> Mapping[str, FileEntry]: ...
+
+
+def check_files(bundle: Path, manifest: Listing) -> list[str]:
     """One line per file that is missing or not what was exported (hash mismatch); empty = intact."""
     problems = []
     for name, entry in manifest.files.items():

@@ -8,15 +8,17 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from personalq.bundle import MANIFEST, Manifest, read_manifest
-from personalq.errors import EngineError, PersonalQError, RepositoryError
+from personalq.adapters import AdapterManifest, read_any
+from personalq.bundle import MANIFEST, Manifest
+from personalq.errors import BundleError, EngineError, PersonalQError, RepositoryError
 from personalq.repository import Repository
 from personalq.repository.atomic import remove, temporary_beside
-from personalq.repository.remote import Remote, is_there
+from personalq.repository.remote import Listed, Remote, is_there
 from personalq.repository.sharing import forget_dangling, note_shared, shared_file
 
 logger = logging.getLogger("personalq.runtime")
@@ -30,18 +32,25 @@ class BundleCache:
     def __init__(self, remote: Remote, root: Path, limit_bytes: int) -> None:
         self.remote, self.root, self.limit_bytes = remote, root, limit_bytes
         self.fetched_bytes = 0
-        self._keys: dict[str, tuple[float, str]] = {}
+        self._keys: dict[tuple[str, str], tuple[float, str]] = {}
         self._ids: tuple[float, list[str]] = (0.0, [])
-        self._manifests: dict[str, Manifest] = {}
+        self._manifests: dict[str, Manifest | AdapterManifest] = {}
         self._changing = threading.Lock()
 
     def find(self, checkpoint_id: str) -> Path | None:
-        """Where a checkpoint's best bundle is, or will be when it was fetched; None when the store has none."""
-        asked, key = self._keys.get(checkpoint_id, (0.0, ""))
+        """Where a checkpoint's best bundle is, or will be when it was fetched, an engine or an adapter; None: there is none."""
+        return self._find(("checkpoint", checkpoint_id), self.remote.listed)
+
+    def find_base(self, base_sha256: str) -> Path | None:
+        """Where the best engine for adapters of a base is, or will be; None when the store has none."""
+        return self._find(("base", base_sha256), self.remote.base)
+
+    def _find(self, what: tuple[str, str], listed: Callable[[str], Listed | None]) -> Path | None:
+        asked, key = self._keys.get(what, (0.0, ""))
         if not asked or time.monotonic() - asked > _REMEMBERED_S:
-            found = self.remote.listed(checkpoint_id)
+            found = listed(what[1])
             key = "" if found is None else found.key
-            self._keys[checkpoint_id] = (time.monotonic(), key)
+            self._keys[what] = (time.monotonic(), key)
         if not key:
             return None
         bundle = self.root / "bundles" / key
@@ -62,9 +71,16 @@ class BundleCache:
         return bundle.parent == self.root / "bundles"
 
     def manifest(self, bundle: Path) -> Manifest:
-        """A bundle's manifest, from here or from the store."""
+        """An engine's manifest, from here or from the store. Raises BundleError for an adapter."""
+        found = self.any_manifest(bundle)
+        if isinstance(found, AdapterManifest):
+            raise BundleError(f"bundle {bundle.name[:12]}: must be an engine, got an adapter; attach it to its base's")
+        return found
+
+    def any_manifest(self, bundle: Path) -> Manifest | AdapterManifest:
+        """The manifest of an engine or an adapter, from here or from the store."""
         if (bundle / MANIFEST).is_file():
-            return read_manifest(bundle)
+            return read_any(bundle)
         if bundle.name not in self._manifests:
             self._manifests[bundle.name] = self.remote.manifest(bundle.name)[0]
         return self._manifests[bundle.name]
@@ -78,7 +94,7 @@ class BundleCache:
             self._evict(bundle)
 
     def _fetch(self, bundle: Path) -> None:
-        size = sum(entry.bytes for entry in self.manifest(bundle).files.values())
+        size = sum(entry.bytes for entry in self.any_manifest(bundle).files.values())
         if size > self.limit_bytes:
             raise EngineError(
                 f"cache: a bundle must fit the limit of {self.limit_bytes / 1e6:.0f} MB, got one of {size / 1e6:.0f} MB; "
@@ -89,7 +105,7 @@ class BundleCache:
         except RepositoryError as error:
             if not is_there(error, bundle):
                 raise
-        files = read_manifest(bundle).files
+        files = read_any(bundle).files
         note_shared(self.root, bundle, {name: entry.sha256 for name, entry in files.items()})
 
     def _evict(self, kept: Path) -> None:

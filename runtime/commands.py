@@ -15,12 +15,44 @@ _ON = click.option("--on", type=click.Choice(["local", "ray"]), default="local",
 
 _DRAWING = (
     click.option("--checkpoint", default="", help="Draw with this checkpoint; Check-in only writes the prompt."),
+    click.option(
+        "--adapter",
+        "adapters",
+        multiple=True,
+        metavar="ID|FILE[:STRENGTH]",
+        help="Attach a checkpoint, or a LoRA file that was never added; repeat for several.",
+    ),
+    click.option(
+        "--on", default="", metavar="BASE", help="Attach to this base of the family, not to the checkpoint's own."
+    ),
     click.option("--steps", type=click.IntRange(min=1), help="Denoising steps. Default: what the base recommends."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     _TARGET,
     click.option("--sampler", help="ddim, euler, euler_a, dpmpp_2m[_karras], pndm or lcm. Default: the base's own."),
 )
 _EXPORTING = (
+    click.option("--base", "base_id", metavar="ID", help="Export a base's engine, which its checkpoints attach to."),
+    click.option(
+        "--form",
+        type=click.Choice(["auto", "attached", "merged"]),
+        default="auto",
+        show_default=True,
+        help="Attached to the base's engine, or merged into an engine of its own; auto: attached where that is exact.",
+    ),
+    click.option(
+        "--rank", type=click.IntRange(min=1), help="Attached: the most of a layer, where it is cut. Default: 256."
+    ),
+    click.option(
+        "--energy",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        help="Attached: the share of a layer's change that is enough. Default: 0.999999.",
+    ),
+    click.option(
+        "--correct",
+        type=click.IntRange(min=1),
+        metavar="RANK",
+        help="Attached: also make up for the base's rounding, by so many ranks.",
+    ),
     click.option("--spec", type=_FILE, help="A file, or 'fp16' (nothing quantised). Default: the last one calibrated."),
     click.option("--target", "targets", type=TARGETS, multiple=True, default=["onnxruntime"], show_default=True),
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Of a TensorRT plan: docs/tensorrt.md."),

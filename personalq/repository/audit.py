@@ -33,12 +33,20 @@ class Problem:
 
 def check(root: Path, *, fix: bool) -> list[Problem]:
     """Return every problem under ``root``; ``fix`` removes orphans."""
-    return [*_orphans(root, fix=fix), *_unused(root, fix=fix), *_cards(root), *_recorded(root), *_bundles(root)]
+    wrong = (
+        _orphans(root, fix=fix),
+        _unused(root, fix=fix),
+        _cards(root),
+        _recorded(root),
+        _bundles(root),
+        _attached(root),
+    )
+    return [problem for problems in wrong for problem in problems]
 
 
 def _orphans(root: Path, *, fix: bool) -> Iterator[Problem]:
     places = [root / room for room in _ROOMS]
-    places += [folder for room in ("bundles", "specs") for folder in folders(root / room)]
+    places += [folder for room in ("bases", "checkpoints", "bundles", "specs") for folder in folders(root / room)]
     places += [folder / "engines" for folder in folders(root / "bundles")]
     for entry in (e for place in places if place.is_dir() for e in sorted(place.iterdir()) if is_temporary(e)):
         if not is_orphan(entry):
@@ -86,6 +94,21 @@ def _recorded(root: Path) -> Iterator[Problem]:
 def _bundles(root: Path) -> Iterator[Problem]:
     for folder in folders(root / "bundles"):
         yield from _files(folder, manifest(folder).get("files"), "export it again")
+
+
+def _attached(root: Path) -> Iterator[Problem]:
+    """Adapters whose base has no engine here: they cannot be drawn with."""
+    found = {folder: manifest(folder) for folder in folders(root / "bundles")}
+    engines = {_object(one.get("key_parts")).get("weights") for one in found.values() if one.get("kind") == "base"}
+    for folder, one in found.items():
+        if one.get("kind") == "adapter" and one.get("base_sha256") not in engines:
+            base = str(_object(one.get("checkpoint")).get("base"))[:80]
+            cure = f"run 'personalq calibrate --base {base}' and 'personalq export --base {base}'"
+            yield Problem("missing", str(folder), f"{folder}: its base must have an engine here, got none; {cure}")
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _files(folder: Path, record: object, cure: str) -> Iterator[Problem]:

@@ -28,6 +28,7 @@ from ..weights.header import read_header
 from ..weights.models import read_vocabulary
 from . import audit
 from .atomic import atomic_directory, named_failure, remove, temporary_beside, write_atomic
+from .bundles import Exports, base_engines, exports_by_id, read_bundles
 from .intake import copy_files, place_files
 from .listing import card_at, listed_cards
 from .new_base import write_base
@@ -142,16 +143,23 @@ class Repository:
         return sorted(id_from_folder(p.name) for p in audit.folders(self.root / "bases"))
 
     def bundles(self, card_id: str) -> list[Path]:
-        """Return the bundle folders made from a checkpoint, newest last."""
-        return self._bundles_by_id().get(card_id, [])
+        """Return the bundle folders made from a checkpoint, attached or merged, newest last."""
+        return [one.folder for one in self.exports(card_id).bundles]
+
+    def exports(self, card_id: str) -> Exports:
+        """Return what a checkpoint was exported to."""
+        return exports_by_id(self.root).get(card_id, Exports())
+
+    def base_engines(self, base_sha256: str) -> list[Path]:
+        """Return the bundles that adapters of a base's weights are attached to, newest last."""
+        return base_engines(read_bundles(self.root), base_sha256)
 
     def entries(self) -> list[Entry]:
         """Return one ``ls`` line per card."""
-        bundles = self._bundles_by_id()
+        exports = exports_by_id(self.root)
         with_folder = {id_from_folder(p.name) for p in audit.folders(self.root / "checkpoints")}
         return [
-            Entry(c, c.id in with_folder and self.has_weights(c.id), tuple(b.name for b in bundles.get(c.id, [])))
-            for c in self.cards()
+            Entry(c, c.id in with_folder and self.has_weights(c.id), exports.get(c.id, Exports())) for c in self.cards()
         ]
 
     def digest(self) -> str:
@@ -324,15 +332,6 @@ class Repository:
         listed = self._listed_cards()
         if any(card.id == read.card.id for card in listed):
             self._write_list([card for card in listed if card.id != read.card.id])
-
-    def _bundles_by_id(self) -> dict[str, list[Path]]:
-        found: dict[str, list[Path]] = {}
-        folders = audit.folders(self.root / "bundles")
-        for folder in sorted(folders, key=lambda p: (audit.made_at(p), p.name)):
-            checkpoint = audit.manifest(folder).get("checkpoint")
-            if isinstance(checkpoint, dict) and isinstance(checkpoint.get("id"), str):
-                found.setdefault(checkpoint["id"], []).append(folder)
-        return found
 
 
 def _take_away(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
     files/<sha256>          one object for equal files of all bundles
     bundles/<key>.json      the manifest: put last, and only if it is not there yet (a conditional put)
-    checkpoints/<id>.json   the card, and which bundle is the best one
+    checkpoints/<id>.json   the card, and which bundle is the best one: an engine of its own, or an adapter
+    bases/<sha256>.json     by the hash of a base's weights: which engine its adapters are best attached to
 
 It knows objects and hashes, not who draws with them. Credentials come from the environment, as the cloud's own tools take them.
 """
@@ -22,12 +23,14 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ..bundle import MANIFEST, FileEntry, Manifest, bundle_key, file_sha256, read_manifest
+from ..adapters import AdapterManifest, parse_any, read_any
+from ..bundle import MANIFEST, FileEntry, Manifest, bundle_key, file_sha256
 from ..cards.card import Card, folder_name, id_from_folder, parse_card
 from ..errors import BundleError, FleetError, MissingExtraError, RepositoryError
 from .atomic import atomic_directory, named_failure
 
 REFERENCES = ("fp32", "fp16")  # policies that quantise nothing: best only when there is no other
+ATTACHED = "attached"  # in place of a policy: an adapter, which has none
 _PIECE = 4 << 20
 _RETRIES: dict[str, Any] = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
 Known = Callable[[str], Path | None]
@@ -35,7 +38,7 @@ Known = Callable[[str], Path | None]
 
 @dataclass(frozen=True)
 class Listed:
-    """A checkpoint in a store: its card as JSON text, its best bundle and that bundle's policy."""
+    """A checkpoint or base in a store: its card as JSON text, its best bundle and its policy ('attached': an adapter)."""
 
     card: str
     key: str
@@ -57,25 +60,33 @@ class Remote:
             self._store: Any = from_url(url, **more)
 
     def publish(self, bundle: Path, card: Card) -> bool:
-        """Put a bundle's files, then its manifest; False when it was there already. Safe to do twice, by two at a time."""
-        manifest = read_manifest(bundle)
+        """Put a bundle's files, then its manifest; False when it was there already. Safe to do twice, by two at a time.
+
+        card: the checkpoint's; of a base's engine any that has the base's id.
+        """
+        manifest = read_any(bundle)
         for name, entry in manifest.files.items():
             self._put_file(bundle / name, entry)
         is_new = self._put(f"bundles/{manifest.key}.json", (bundle / MANIFEST).read_bytes(), mode="create")
-        self._point(manifest, card)
+        if isinstance(manifest, AdapterManifest):
+            self._point(_checkpoint(card.id), manifest.key, ATTACHED, card)
+        elif manifest.kind == "base":
+            self._point(_base(manifest.key_parts["weights"]), manifest.key, manifest.spec.policy, card)
+        else:
+            self._point(_checkpoint(card.id), manifest.key, manifest.spec.policy, card)
         return is_new
 
     def has(self, key: str) -> bool:
         """Whether a bundle was published, whole."""
         return self._size(f"bundles/{key}.json") is not None
 
-    def manifest(self, key: str) -> tuple[Manifest, bytes]:
+    def manifest(self, key: str) -> tuple[Manifest | AdapterManifest, bytes]:
         """A published bundle's manifest and its bytes. Raises BundleError for one that does not fit its key."""
         where = f"bundles/{key}.json"
         data = self._read(where)
         cure = "publish the bundle again"
         try:
-            manifest = Manifest.model_validate_json(data)
+            manifest = parse_any(data)
         except ValidationError as error:
             raise BundleError(f"{self.url}/{where}: must be a manifest, got another file; {cure}") from error
         if manifest.key != key or bundle_key(manifest.key_parts) != key:
@@ -93,16 +104,11 @@ class Remote:
 
     def listed(self, checkpoint_id: str) -> Listed | None:
         """A checkpoint's card and best bundle; None when it was never published."""
-        where = f"checkpoints/{folder_name(checkpoint_id)}.json"
-        if self._size(where) is None:
-            return None
-        try:
-            found = json.loads(self._read(where))
-            return Listed(card=str(found["card"]), key=str(found["key"]), policy=str(found["policy"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise BundleError(
-                f"{self.url}/{where}: must name a card and a bundle, got {error}; publish again"
-            ) from error
+        return self._listed(_checkpoint(checkpoint_id))
+
+    def base(self, base_sha256: str) -> Listed | None:
+        """The best engine of a base, by the hash of its weights; None when none was published."""
+        return self._listed(_base(base_sha256))
 
     def card(self, checkpoint_id: str) -> Card:
         """A published checkpoint's card, read like any card from outside."""
@@ -132,14 +138,24 @@ class Remote:
 
     # inside
 
-    def _point(self, manifest: Manifest, card: Card) -> None:
-        """Say that this bundle is the checkpoint's best one, unless it is a reference and there is a better one."""
-        before, policy = self.listed(card.id), manifest.spec.policy
-        key = manifest.key
+    def _listed(self, where: str) -> Listed | None:
+        if self._size(where) is None:
+            return None
+        try:
+            found = json.loads(self._read(where))
+            return Listed(card=str(found["card"]), key=str(found["key"]), policy=str(found["policy"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise BundleError(
+                f"{self.url}/{where}: must name a card and a bundle, got {error}; publish again"
+            ) from error
+
+    def _point(self, where: str, key: str, policy: str, card: Card) -> None:
+        """Say that this bundle is the best one, unless it is a reference and there is a better one."""
+        before = self._listed(where)
         if before is not None and policy in REFERENCES and before.policy not in REFERENCES:
             key, policy = before.key, before.policy
         told = {"card": card.model_dump_json(exclude_defaults=True), "key": key, "policy": policy}
-        self._put(f"checkpoints/{folder_name(card.id)}.json", json.dumps(told, sort_keys=True).encode())
+        self._put(where, json.dumps(told, sort_keys=True).encode())
 
     def _put_file(self, file: Path, entry: FileEntry) -> None:
         """Put a file under its hash; one that is there with its size was put whole (puts are atomic)."""
@@ -199,6 +215,14 @@ class Remote:
             raise FleetError(
                 f"{self.url}: must be a store that answers, got '{line}'; check URL and credentials"
             ) from error
+
+
+def _checkpoint(checkpoint_id: str) -> str:
+    return f"checkpoints/{folder_name(checkpoint_id)}.json"
+
+
+def _base(base_sha256: str) -> str:
+    return f"bases/{base_sha256}.json"
 
 
 def _link(other: Path, place: Path, entry: FileEntry) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cards.card import Card
+from .bundles import Exports
 
 Report = Callable[[str, float | None], None]
 
@@ -78,13 +79,14 @@ class AddResult:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of ``ls``: the card's main fields, whether there are weights, and its bundles by key."""
+    """One line of ``ls``: the card's main fields, whether there are weights, and what it was exported to."""
 
     card: Card
     has_weights: bool
-    bundles: tuple[str, ...]
+    exports: Exports
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         main = self.card.model_dump(mode="json", include={"id", "kind", "base", "trigger", "class_noun"})
-        return {**main, "has_weights": self.has_weights, "bundles": list(self.bundles)}
+        bundles = [one.folder.name for one in self.exports.bundles]
+        return {**main, "has_weights": self.has_weights, "form": self.exports.form, "bundles": bundles}

@@ -38,6 +38,10 @@ class ComponentWeights:
         base = self._find(name).shape
         return self._edits[name].shape(base) if name in self._edits else base
 
+    def edit(self, name: str) -> Edit | None:
+        """What a delta does to a parameter; None: nothing, or the whole model is the checkpoint's own."""
+        return self._edits.get(name)
+
     def read(self, name: str) -> Array:
         """The merged tensor: float32 where a delta edits it or the file has BF16, else a read-only view of the file."""
         base = self._find(name).read()

@@ -61,7 +61,7 @@ class OpenVinoEngine:
         """
         self.bundle = bundle
         self.manifest = read_manifest(bundle)
-        check_bytes(bundle, self.manifest)
+        check_bytes(bundle, self.manifest.files)
         self._threads = threads or 0
         self._around = around_int8()
         self._lock = threading.Lock()

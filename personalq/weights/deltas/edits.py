@@ -8,7 +8,7 @@ embedding.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,14 +24,24 @@ Shapes = Mapping[str, tuple[int, ...]]
 ANOTHER_BASE = "add it with --base of the model it was trained on"
 
 
+# up (N, r), down (r, K): the change is up @ down, a convolution's axes after N taken as one
+Factors = tuple[Float, Float]
+Read = Callable[
+    [], Array
+]  # of the base's parameter, for the few that need it: a view, or a copy where the file has BF16
+
+
 class Edit(Protocol):
     """What happens to one parameter of the base.
 
-    rank: the change is exactly a product up @ down this wide (or narrower); None: it is not known to be one.
+    rank: the change is exactly a product this wide (or narrower), which `factors` gives; None: it is not known to be one.
     """
 
     @property
     def rank(self) -> int | None: ...
+
+    def factors(self, read: Read) -> Factors:
+        """The change of the base's parameter as a product, float32; only where there is a rank."""
 
     def shape(self, base: tuple[int, ...]) -> tuple[int, ...]: ...
 
@@ -44,6 +54,9 @@ class Kept:
     @property
     def rank(self) -> int | None:
         return None
+
+    def factors(self, read: Read) -> Factors:
+        raise NotImplementedError(f"{type(self).__name__} is no product")
 
     def shape(self, base: tuple[int, ...]) -> tuple[int, ...]:
         return base
@@ -72,6 +85,10 @@ class LowRank(Sum):
     @property
     def rank(self) -> int:
         return self.file.shape(self.down)[0]
+
+    def factors(self, read: Read) -> Factors:
+        down, up = (self.file.read(name).astype(np.float32) for name in (self.down, self.up))
+        return np.float32(self.scale) * up.reshape(up.shape[0], -1), down.reshape(down.shape[0], -1)
 
     def delta(self, base: tuple[int, ...]) -> Float:
         down, up = (self.file.read(name).astype(np.float32) for name in (self.down, self.up))
@@ -137,12 +154,18 @@ class AppendedRows(Kept):
         added = (row_count(file.shape(name)) if row is None else 1 for file, name, row in self.parts)
         return (self.keep + sum(added), base[1])
 
+    def rows(self, width: int) -> Float:
+        """What is appended, (n, width)."""
+        vectors: Float = np.concatenate(
+            [
+                file.read(name).astype(np.float32).reshape(-1, width)[slice(row, None if row is None else row + 1)]
+                for file, name, row in self.parts
+            ]
+        )
+        return vectors
+
     def apply(self, base: Array) -> Float:
-        rows = [
-            file.read(name).astype(np.float32).reshape(-1, base.shape[1])[slice(row, None if row is None else row + 1)]
-            for file, name, row in self.parts
-        ]
-        table: Float = np.concatenate([np.asarray(base[: self.keep], np.float32), *rows])
+        table: Float = np.concatenate([np.asarray(base[: self.keep], np.float32), self.rows(base.shape[1])])
         return table
 
 

@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 
 from ..tensorfile import Array, TensorFile
-from .edits import Float, Kept, Sum
+from .edits import Factors, Float, Kept, Read, Sum
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,18 @@ class Matrix:
             return shapes[2][:2] == (shapes[0][0], shapes[1][0]) and len(shapes[0]) == len(shapes[1]) == 2
         return len(shapes) == 1 or (len(shapes[0]) == 2 and shapes[0][1] == shapes[1][0])
 
+    def factors(self) -> Factors:
+        """The matrix as a product; a whole one is itself times the identity."""
+        parts = [self.file.read(name).astype(np.float32) for name in self.names]
+        if len(parts) == 1:
+            flat = parts[0].reshape(len(parts[0]), -1)
+            one = np.eye(min(flat.shape), dtype=np.float32)
+            return (one, flat) if len(flat) <= flat.shape[1] else (flat, one)
+        if len(parts) == 2:
+            return parts[0], parts[1].reshape(len(parts[1]), -1)
+        inner = np.moveaxis(np.tensordot(parts[1], parts[2], axes=(0, 1)), 1, 0)  # i, q, ...
+        return parts[0].T, inner.reshape(len(inner), -1)
+
     def read(self) -> Float:
         """The matrix in float32, the axes after the second as the file has them."""
         parts = [self.file.read(name).astype(np.float32) for name in self.names]
@@ -78,6 +90,12 @@ class Tucker(Sum):
     def rank(self) -> int:
         return self.file.shape(self.up)[1]
 
+    def factors(self, read: Read) -> Factors:
+        """up (out, r) and mid (x) down (r, in * kh * kw)."""
+        down, mid, up = (self.file.read(name).astype(np.float32) for name in (self.down, self.mid, self.up))
+        inner = np.einsum("ij...,jq->iq...", mid, down.reshape(down.shape[:2]))
+        return np.float32(self.scale) * up.reshape(up.shape[:2]), inner.reshape(len(inner), -1)
+
     def delta(self, base: tuple[int, ...]) -> Float:
         down, mid, up = (self.file.read(name).astype(np.float32) for name in (self.down, self.mid, self.up))
         product = tucker(mid, up.reshape(up.shape[:2]).T, down.reshape(down.shape[:2]))
@@ -96,6 +114,13 @@ class Hadamard(Sum):
     def rank(self) -> int:
         return self.first.widest() * self.second.widest()
 
+    def factors(self, read: Read) -> Factors:
+        """(u d) * (v e), element by element, is the product of every column of u with every one of v, and of d's and e's rows."""
+        (u, d), (v, e) = self.first.factors(), self.second.factors()
+        up = (u[:, :, None] * v[:, None, :]).reshape(len(u), -1)
+        down = (d[:, None, :] * e[None, :, :]).reshape(-1, d.shape[1])
+        return np.float32(self.scale) * up, down
+
     def delta(self, base: tuple[int, ...]) -> Float:
         return np.float32(self.scale) * self.first.read().reshape(base) * self.second.read().reshape(base)
 
@@ -111,6 +136,11 @@ class Kronecker(Sum):
     @property
     def rank(self) -> int:
         return self.first.widest() * self.second.widest()
+
+    def factors(self, read: Read) -> Factors:
+        """(u d) (x) (v e) = (u (x) v) (d (x) e)."""
+        (u, d), (v, e) = self.first.factors(), self.second.factors()
+        return np.float32(self.scale) * np.kron(u, v), np.kron(d, e)
 
     def delta(self, base: tuple[int, ...]) -> Float:
         second = self.second.read()
@@ -134,6 +164,13 @@ class Generalised(Kept):
     def rank(self) -> int | None:
         """Twice r for a Linear: W a1 and b1 side by side, a2 over b2. A convolution mixes its channels at every place."""
         return 2 * self.file.shape(self.b2)[0] if len(self.file.shape(self.b2)) == 2 else None
+
+    def factors(self, read: Read) -> Factors:
+        """[W a1, b1] and [a2; b2] of a Linear."""
+        a1, a2, b1, b2 = (self.file.read(name).astype(np.float32) for name in (self.a1, self.a2, self.b1, self.b2))
+        left = np.asarray(read(), np.float32) @ a1.reshape(len(a1), -1)
+        up = np.concatenate([left, b1.reshape(len(b1), -1)], axis=1)
+        return np.float32(self.scale) * up, np.concatenate([a2.reshape(len(a2), -1), b2.reshape(len(b2), -1)])
 
     def apply(self, base: Array) -> Float:
         weight = np.asarray(base, np.float32)
