@@ -114,17 +114,24 @@ class _Branch:
         return self.build("Squeeze", self.build("MatMul", self._scaled(reduced), up), axis)
 
     def _convolution(self, result: ir.Value) -> ir.Value:
-        """1x1: products over channels, on whichever side of a Transpose the pixels are: none is turned for the branch's sake."""
+        """1x1: products over channels, on whichever side of a Transpose the pixels are: none is turned for the branch's sake.
+
+        Beside a quantised Conv the sum is made with channels last, as ONNX Runtime's kernel computes: it moves the Transpose
+        that is written here behind the Add, where it meets others and goes. With channels first the kernel's own output is
+        turned, and quantised twice.
+        """
         n, c, *kernel = self.place.weight
         rank, producer = self._rank(), result.producer()
-        is_1x1, to_tokens = kernel == [1, 1], producer is not None and _turns(producer, _TO_TOKENS)
+        is_1x1, is_turned = kernel == [1, 1], producer is not None and _turns(producer, _TO_TOKENS)
+        to_tokens = is_turned or (producer is not None and producer.op_type == "DequantizeLinear")
         down, up = self._inputs((ADAPTERS, rank, c) if is_1x1 else (rank, c, *kernel), (ADAPTERS, n, rank))
         reduced = self._reduce(down, c) if is_1x1 else self._reduce_kernel(down)
         narrow = self._scaled(reduced.value)
         if reduced.is_turned != to_tokens:
             narrow = self.build("Transpose", narrow, perm=_TURN)
         factors = (narrow, self.build("Transpose", up, perm=_TURN)) if to_tokens else (up, narrow)
-        return self.build("Reshape", self.build("MatMul", *factors), self._sides(reduced, n, to_tokens))
+        wide = self.build("Reshape", self.build("MatMul", *factors), self._sides(reduced, n, to_tokens))
+        return self.build("Transpose", wide, perm=_TO_CHANNELS) if to_tokens and not is_turned else wide
 
     def _reduce(self, down: ir.Value, c: int) -> "_Reduced":
         x, _ = self._read()
