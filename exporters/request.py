@@ -113,29 +113,30 @@ def lint_result(result: ExportResult) -> tuple[dict[str, Any], list[str], int]:
 
 
 def reference_spec(repository: Repository, checkpoint_id: str, name: str, progress: Report = silent) -> Path:
-    """The checkpoint's unquantised spec `name`, the one 'calibrate --policy' wrote or a new one made from its family."""
+    """A checkpoint's or base's unquantised spec `name`, the one 'calibrate --policy' wrote or a new one made from its family."""
     path = repository.root / "specs" / folder_name(checkpoint_id) / f"{name}.json"
     if is_current(path, repository, checkpoint_id):
         return path
-    base = repository.base_dir(repository.card(checkpoint_id))
-    family = open_family(repository.root / "families", base, progress)
-    sha256 = weights_sha256(base, repository.checkpoint_dir(checkpoint_id))
+    whole = repository.whole(checkpoint_id)
+    family = open_family(repository.root / "families", whole.base_dir, progress)
+    sha256 = weights_sha256(whole.base_dir, whole.checkpoint_dir)
     return unquantised_spec(family, checkpoint_id, sha256, name).write(path)
 
 
 def is_current(path: Path, repository: Repository, checkpoint_id: str) -> bool:
-    """Whether there is a spec, made for the checkpoint's weights and architecture as they are now."""
+    """Whether there is a spec, made for the checkpoint's or base's weights and architecture as they are now."""
     if not path.is_file():
         return False
-    spec, base = read_spec(path).spec, repository.base_dir(repository.card(checkpoint_id))
-    sha256 = weights_sha256(base, repository.checkpoint_dir(checkpoint_id))
-    return (spec.provenance.checkpoint_sha256, spec.family) == (sha256, family_key(read_configs(base)))
+    spec, whole = read_spec(path).spec, repository.whole(checkpoint_id)
+    sha256 = weights_sha256(whole.base_dir, whole.checkpoint_dir)
+    return (spec.provenance.checkpoint_sha256, spec.family) == (sha256, family_key(read_configs(whole.base_dir)))
 
 
 def last_spec(repository: Repository, checkpoint_id: str) -> Path:
-    """The checkpoint's newest spec; an unquantised reference only when there is no other. Raises SpecError."""
+    """The checkpoint's or base's newest spec; an unquantised reference only when there is no other. Raises SpecError."""
     specs = list((repository.root / "specs" / folder_name(checkpoint_id)).glob("*.json"))
     if not specs:
-        how = f"run 'personalq calibrate {checkpoint_id}'"
+        is_base = checkpoint_id in repository.bases() and not repository.has_weights(checkpoint_id)
+        how = f"run 'personalq calibrate {'--base ' if is_base else ''}{checkpoint_id}'"
         raise SpecError(f"{checkpoint_id}: must have a spec before it is exported, got none; {how}")
     return max(specs, key=lambda file: (file.stem not in STORAGES, file.stat().st_mtime_ns, file.name))
