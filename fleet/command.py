@@ -101,6 +101,7 @@ def _many(repository: "Repository", ids: Path | None, *, retries: int, **options
     work = Work(
         root=str(repository.root),
         spec=spec_name(options["spec"]),
+        form=options["form"],
         targets=options["targets"],
         settings=options["settings"],
         verify=options["verify"],
@@ -110,7 +111,7 @@ def _many(repository: "Repository", ids: Path | None, *, retries: int, **options
     workers = (_cluster if options["on"] == "ray" else _pool)(work, **options)
     with redirect_stdout(sys.stderr), progress() as report:  # Ray prints on stdout when it loses a machine
         summary = run_fleet(work, named, workers, retries, report)
-    return Result(summary.to_json(), code=1 if summary.of("failed") else 0)
+    return Result(summary.to_json(), code=1 if summary.has_failed else 0)
 
 
 def _pool(work: "Work", *, workers: int | None, memory_mb: float, **_: Any) -> "Workers":

@@ -1,4 +1,4 @@
-"""A run over many checkpoints: families first, each traced once, then every checkpoint; retries, failures collected."""
+"""A run over many checkpoints: families first, then bases' engines, each once, then every checkpoint; failures collected."""
 
 import queue
 import time
@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from exporters.graphs.family import family_folder, is_traced
-from personalq.bundle import read_manifest
+from personalq.adapters import read_any
 from personalq.errors import PersonalQError
 from personalq.repository import Repository
 from personalq.repository.sharing import SMALLEST, link_shared
 
+from .planning import bases_of
 from .work import Outcome, Task, Work
 
 Report = Callable[[str, float], None]
@@ -31,23 +32,32 @@ class Workers(Protocol):
 
 @dataclass
 class Summary:
-    """What a run did. families: keys that the repository did not have before. seconds: from start to end."""
+    """What a run did. bases: their engines. families: keys that the repository did not have before. seconds: start to end."""
 
     outcomes: list[Outcome] = field(default_factory=list)
+    bases: list[Outcome] = field(default_factory=list)
     families: list[str] = field(default_factory=list)
     seconds: float = 0.0
     bytes_shared: int = 0
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a base or a checkpoint could not be made."""
+        return any(one.state == "failed" for one in (*self.bases, *self.outcomes))
 
     def of(self, state: str) -> list[Outcome]:
         return sorted((one for one in self.outcomes if one.state == state), key=lambda one: one.id)
 
     def to_json(self) -> dict[str, Any]:
         rows = {state: [one.to_json() for one in self.of(state)] for state in ("done", "reused", "failed")}
-        total = sum(one.bytes for one in self.outcomes)
-        peak = max((one.peak_rss_bytes for one in self.outcomes), default=0)
+        everything = [*self.bases, *self.outcomes]
+        total = sum(one.bytes for one in everything)
+        peak = max((one.peak_rss_bytes for one in everything), default=0)
         return {
             **rows,
+            "bases": [{"state": one.state, **one.to_json()} for one in self.bases],
             "checkpoints": len(self.outcomes),
+            "forms": {form: sum(one.form == form for one in self.outcomes) for form in ("attached", "merged")},
             "families_traced": self.families,
             "seconds": round(self.seconds, 2),
             "bytes": total,
@@ -65,6 +75,10 @@ def run_fleet(work: Work, ids: Sequence[str], workers: Workers, retries: int, re
         for outcome in run_all([Task("family", one) for one in families.values()], workers, retries):
             report(f"tracing families, once each: {outcome.id} {outcome.state}", 0.0)
         summary.families = [key for key in families if is_traced(repository.root / "families" / key)]
+        bases = bases_of(work, repository, ids)
+        for outcome in run_all([Task("base", one) for one in bases], workers, retries):
+            summary.bases.append(outcome)
+            report(f"engines of bases, once each: {outcome.id} {outcome.state}", 0.0)
         for outcome in run_all([Task("checkpoint", one) for one in ids], workers, retries):
             summary.outcomes.append(outcome)
             report(progress_line(summary, len(ids), time.perf_counter() - started), len(summary.outcomes) / len(ids))
@@ -134,8 +148,8 @@ def progress_line(summary: Summary, n_ids: int, seconds: float) -> str:
 
 def share_again(root: Path, summary: Summary) -> int:
     """Link equal files of bundles that were exported at the same moment. Returns the bytes that are shared on disk."""
-    bundles = {root / "bundles" / one.bundle for one in summary.outcomes if one.state != "failed"}
-    large = {b: {n: e for n, e in read_manifest(b).files.items() if e.bytes >= SMALLEST} for b in sorted(bundles)}
+    bundles = {root / "bundles" / one.bundle for one in (*summary.bases, *summary.outcomes) if one.state != "failed"}
+    large = {b: {n: e for n, e in read_any(b).files.items() if e.bytes >= SMALLEST} for b in sorted(bundles)}
     copies: dict[str, set[int]] = {}
     for bundle, files in large.items():
         for name, entry in files.items():

@@ -4,47 +4,72 @@ import json
 from pathlib import Path
 from typing import Any
 
+from personalq.adapters import is_adapter, read_adapter_manifest
 from personalq.bundle import MANIFEST, file_sha256
+from personalq.cards.card import folder_name
 from personalq.errors import ParityError
 from personalq.goldens import GOLDEN
 from personalq.repository import Repository
 from personalq.repository.atomic import write_atomic
+from personalq.spec import REFERENCE
 from personalq.weights.checkpoint import open_weights
 from runtime.gate import LEVELS, Options, run_gate
-from runtime.gate.request import sources_of
+from runtime.gate.check import Report
+from runtime.gate.request import Request, answer, sources_of
 
 NOTE = "verified.json"
 
 
-def verified_level(bundle: Path) -> str:
-    """The last level that exactly these bytes passed; '' when they were never verified."""
+def verified_level(bundle: Path, engine: Path | None = None) -> str:
+    """The last level that exactly these bytes passed; '' when they were never verified. engine: an adapter is attached to."""
     note = _read(bundle / NOTE)
-    level = note.get("level")
-    is_this = note.get("manifest_sha256") == file_sha256(bundle / MANIFEST)
-    return str(level) if is_this and level in LEVELS else ""
+    level, is_this = note.get("level"), {name: note.get(name) for name in _what(bundle, engine)}
+    return str(level) if is_this == _what(bundle, engine) and level in LEVELS else ""
 
 
-def is_verified(bundle: Path, level: str) -> bool:
+def is_verified(bundle: Path, level: str, engine: Path | None = None) -> bool:
     """Whether the bundle passed `level`, or the highest level that it can be held to."""
-    reached = verified_level(bundle)
+    reached = verified_level(bundle, engine)
     return bool(reached) and LEVELS.index(reached) >= LEVELS.index(reachable(bundle, level))
 
 
 def reachable(bundle: Path, level: str) -> str:
-    """`level`, or the files alone when the bundle has no goldens: fp16 and fp32 need no calibration, which writes them."""
-    return level if (bundle / GOLDEN).is_file() else LEVELS[0]
+    """`level`, or the files alone without goldens: they come from calibration, which fp16, fp32 and adapters do not need."""
+    goldens = bundle / GOLDEN
+    if is_adapter(bundle):
+        owner = read_adapter_manifest(bundle).checkpoint.id
+        goldens = bundle.parents[1] / "specs" / folder_name(owner) / REFERENCE
+    return level if goldens.is_file() else LEVELS[0]
 
 
 def verify(repository: Repository, bundle: Path, level: str, threads: int) -> str:
     """Run the gate, note the level that was passed, and return it. Raises ParityError with the report's headline."""
     asked = reachable(bundle, level)
     sources = sources_of(bundle, repository, lambda: open_weights)
-    report = run_gate(bundle, Options(threads=threads, level=asked), sources)
+    return _noted(run_gate(bundle, Options(threads=threads, level=asked), sources), bundle, None, asked)
+
+
+def verify_attached(
+    repository: Repository, checkpoint_id: str, bundle: Path, engine: Path | None, level: str, threads: int
+) -> str:
+    """The same of a checkpoint that is attached to its base's engine: the gate finds both by its id."""
+    request = Request(checkpoint_id, level=reachable(bundle, level), threads=threads)
+    made = answer(request, lambda: repository, lambda: open_weights)
+    return _noted(made.report, bundle, engine, request.level)
+
+
+def _noted(report: Report, bundle: Path, engine: Path | None, level: str) -> str:
     if not report.passed:
         raise ParityError(report.headline)
-    note = {"level": asked, "checks": len(report.checks), "manifest_sha256": file_sha256(bundle / MANIFEST)}
+    note = {"level": level, "checks": len(report.checks), **_what(bundle, engine)}
     write_atomic(bundle / NOTE, (json.dumps(note, sort_keys=True) + "\n").encode())
-    return asked
+    return level
+
+
+def _what(bundle: Path, engine: Path | None) -> dict[str, str]:
+    """Exactly which bytes a note is about."""
+    own = {"manifest_sha256": file_sha256(bundle / MANIFEST)}
+    return own | ({"engine_sha256": file_sha256(engine / MANIFEST)} if engine is not None else {})
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -19,12 +19,13 @@ class Work:
     """How every checkpoint of a run is exported.
 
     root: the repository, under the same path on every machine. spec: 'taq-w4a8', 'fp16', ...; '': the one that was
-    calibrated last, else taq-w8a8. verify: the gate's last level, or 'none'. threads: cores of one export.
-    store: URL that every bundle is published to, or ''.
+    calibrated last, else taq-w8a8; of the base where checkpoints are attached. form: 'auto', 'attached' or 'merged'.
+    verify: the gate's last level, or 'none'. threads: cores of one export. store: URL that every bundle is published to, or ''.
     """
 
     root: str
     spec: str = ""
+    form: str = "auto"
     targets: tuple[str, ...] = ("onnxruntime",)
     settings: tuple[str, ...] = ()
     verify: str = "images"
@@ -42,9 +43,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Task:
-    """One piece: a checkpoint to export, or the family of a checkpoint's base to trace."""
+    """One piece: a checkpoint to export, a base's engine to export, or the family of a checkpoint's base to trace."""
 
-    kind: Literal["family", "checkpoint"]
+    kind: Literal["family", "base", "checkpoint"]
     id: str
 
 
@@ -52,7 +53,8 @@ class Task:
 class Outcome:
     """The outcome of a task. failed: step says where; is_final: trying again would give the same.
 
-    seconds: by step. bytes: of all files of the bundle. peak_rss_bytes: of the worker so far, not of this task alone.
+    form: 'attached', 'merged' or 'base', and form_reason why. seconds: by step. bytes: of all files of the bundle.
+    peak_rss_bytes: of the worker so far, not of this task alone.
     """
 
     id: str
@@ -67,13 +69,16 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     attempts: int = 1
+    form: str = ""
+    form_reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """One row of the report."""
-        row: dict[str, Any] = {"id": self.id}
+        row: dict[str, Any] = {"id": self.id} | ({"form": self.form} if self.form else {})
         if self.state == "failed":
             row |= {"step": self.step, "reason": self.reason}
         else:
+            row |= {"form_reason": self.form_reason} if self.form_reason else {}
             row |= {"bundle": self.bundle, "spec": self.spec, "verified": self.verified, "bytes": self.bytes}
         steps = {f"{name}_s": round(value, 2) for name, value in self.seconds.items()}
         return row | {"seconds": round(sum(self.seconds.values()), 2)} | steps | {"attempts": self.attempts}
