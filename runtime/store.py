@@ -197,7 +197,7 @@ def _none_of(checkpoint_id: str, table: _Table) -> str:
 
 
 def _on_target(bundle: Path, adapter: Path | None, target: str) -> Found:
-    lack = "" if target == FALLBACK else missing(target) or misfit(bundle, target)
+    lack = "" if target == FALLBACK else missing(target) or misfit(bundle, target, adapter)
     if lack:
         return Found(bundle, FALLBACK, f"{lack}; running {TITLES[FALLBACK]} on the CPU", adapter)
     return Found(bundle, target, adapter=adapter)
