@@ -12,17 +12,21 @@ import onnxruntime as ort
 import pytest
 
 from exporters.export import export_base
+from exporters.lint import lint_trt
 from exporters.plain import unquantised_spec
 from exporters.request import is_current, last_spec, reference_spec
+from exporters.targets.settings import BuildSettings
+from exporters.targets.tensorrt import graph_shapes
 from personalq.bundle import BranchPlace, Manifest, read_manifest
 from personalq.errors import RepositoryError, SpecError
 from personalq.repository.identity import weights_sha256
-from personalq.spec import SpecFile
+from personalq.spec import SpecFile, read_spec
 from runtime.engines.sessions import open_session
 from tests.exporters.adapters import Matrices, branch_feed, merge_, random_adapter
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'personalq[export]'")
 from tests.exporters.families import Made, eight_bits, ranges  # noqa: E402  (needs torch)
+from tests.exporters.rtx import require_compiles  # noqa: E402
 
 # FP32 on both sides, sums in another order; the changes are as large as the weights.
 TOLERANCE = 2e-4
@@ -307,8 +311,6 @@ def merged(quantised: Base) -> Path:
     """Checkpoint 'rex', whose UNet is the base's, merged under the same decisions."""
     made, folder = quantised.made, quantised.made.repository.root
     spec_file = made.plain("rex", made.repository)
-    from personalq.spec import read_spec
-
     of_base = read_spec(folder / "specs" / "tiny" / "w8a8.json")
     update = {"checkpoint": "rex", "provenance": spec_file.spec.provenance}
     return made.export("rex", spec=SpecFile(of_base.spec.model_copy(update=update), of_base.tensors))
@@ -385,6 +387,23 @@ def test_tensorrt_graphs_take_adapters_padded_with_zeros(quantised: Base, rank: 
     assert noise(ours, expected) < 0.2 < 0.3 < noise(plain, expected)
     nothing = padded(quantised.places, branch_feed(quantised.places, [{}], [1.0]), rank)
     assert noise(half(file, {**given, **nothing}), plain) < 1e-3
+
+
+def test_the_lint_finds_nothing_in_a_bases_tensorrt_graphs(quantised: Base) -> None:
+    """Nothing but what the random UNet's few channels bring about, adapters or not."""
+    plain, *others = ([f.rule for f in lint_trt(quantised.bundle / file)] for file in trt_graphs(quantised).values())
+    assert set(plain) <= {"narrow-convolution"} and others == [plain, plain]
+
+
+@pytest.mark.trt
+def test_a_bases_tensorrt_graphs_compile_to_what_the_spec_says(quantised: Base) -> None:
+    spec_file = read_spec(quantised.made.repository.root / "specs" / "tiny" / "w8a8.json")
+    for file in trt_graphs(quantised).values():
+        require_compiles(quantised.bundle / file, graph_shapes(quantised.bundle, BuildSettings(), file), spec_file)
+
+
+def trt_graphs(base: Base) -> dict[str, str]:
+    return {name: file for name, file in base.manifest.graphs.unet.items() if name.startswith("trt")}
 
 
 def padded(places: dict[str, BranchPlace], feed: dict[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:
