@@ -213,8 +213,8 @@ def _say(manifest: AdapterManifest, notes: tuple[str, ...]) -> None:
     if manifest.errors:
         worst = max(manifest.errors, key=lambda name: manifest.errors[name])
         logger.warning(
-            "%s: %d layers are cut to rank %d or less: %s lacks %.1f %% of its change, the others less",
-            *(where, len(manifest.errors), manifest.rank, worst, 100 * manifest.errors[worst]),
+            "%s: layers cut to rank %d or less: %d; %s lacks %.1f %% of its change, the others less",
+            *(where, manifest.rank, len(manifest.errors), worst, 100 * manifest.errors[worst]),
         )
     if left := manifest.left_out:
         shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")

@@ -99,9 +99,9 @@ def _bundles(root: Path) -> Iterator[Problem]:
 def _attached(root: Path) -> Iterator[Problem]:
     """Adapters whose base has no engine here: they cannot be drawn with."""
     found = {folder: manifest(folder) for folder in folders(root / "bundles")}
-    engines = {_object(one.get("key_parts")).get("weights") for one in found.values() if one.get("kind") == "base"}
+    engines = {str(_object(one.get("key_parts")).get("weights")) for one in found.values() if one.get("kind") == "base"}
     for folder, one in found.items():
-        if one.get("kind") == "adapter" and one.get("base_sha256") not in engines:
+        if one.get("kind") == "adapter" and str(one.get("base_sha256")) not in engines:
             base = str(_object(one.get("checkpoint")).get("base"))[:80]
             cure = f"run 'personalq calibrate --base {base}' and 'personalq export --base {base}'"
             yield Problem("missing", str(folder), f"{folder}: its base must have an engine here, got none; {cure}")

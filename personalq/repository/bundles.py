@@ -10,7 +10,7 @@ from typing import Any, Literal
 from . import audit
 
 Form = Literal["attached", "merged", "base"]
-_FORMS: dict[object, Form] = {"adapter": "attached", "base": "base"}
+_FORMS: dict[str, Form] = {"adapter": "attached", "base": "base"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _entry(folder: Path, manifest: Mapping[str, Any]) -> Iterator[BundleEntry]:
     checkpoint, parts, files = (manifest.get(name) for name in ("checkpoint", "key_parts", "files"))
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("id"), str):
         return
-    form = _FORMS.get(manifest.get("kind"), "merged")
+    form = _FORMS.get(str(manifest.get("kind")), "merged")
     of_base = parts.get("weights") if form == "base" and isinstance(parts, dict) else manifest.get("base_sha256")
     sizes = (
         [entry.get("bytes") for entry in files.values() if isinstance(entry, dict)] if isinstance(files, dict) else []

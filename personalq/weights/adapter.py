@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -181,7 +182,8 @@ def adapter_of(
             elif kind == "left out":
                 left_out += [where] if _differs(model, base.component(component), name) else []
             elif kind == "text rows":
-                changes[layer] = _half(_change(model, base.component(component), name), where)
+                change = _half(_change(model, base.component(component), name), where)
+                changes |= {layer: change} if change.any() else {}
             elif branch := _branch(model, base.component(component), name, limits, where):
                 branches.setdefault(component, {})[layer] = branch
     return Adapter(branches, changes, added, tuple(left_out))
@@ -211,10 +213,10 @@ def _branch(model: ComponentWeights, base: ComponentWeights, name: str, limits: 
     n, k = shape[0], int(np.prod(shape[1:]))
     rank = edit.rank if edit is not None else None
     if edit is not None and rank is not None and rank <= min(n, k):
-        up, down = edit.factors(lambda: base.read(name))
+        up, down = (_finite(half, where) for half in edit.factors(lambda: base.read(name)))
         up, down, error = (up, down, 0.0) if rank <= limits.rank else narrowed(up, down, limits)
     else:
-        change = _change(model, base, name).reshape(n, k)
+        change = _finite(_change(model, base, name), where).reshape(n, k)
         if not change.any():
             return None
         # a product wider than the layer is what it is: only the most that a rank may be cuts it
@@ -270,10 +272,17 @@ def balanced(up: Float, down: Float) -> tuple[Float, Float]:
 
 def _half(array: npt.NDArray[np.floating], where: str) -> Half:
     with np.errstate(over="ignore"):
-        half = np.asarray(array, np.float16)
+        half = np.asarray(_finite(array, where), np.float16)
     if not np.isfinite(half).all():
-        got = (
-            "NaN or Inf" if not np.isfinite(array).all() else f"{float(np.abs(array).max()):.3g}, over float16's 65504"
-        )
-        raise RepositoryError(f"{where}: the delta must be finite, got {got}; save the checkpoint again")
+        raise _not_finite(where, f"{float(np.abs(array).max()):.3g}, over float16's 65504")
     return half
+
+
+def _finite(array: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
+    if not np.isfinite(array).all():
+        raise _not_finite(where, "NaN or Inf")
+    return array
+
+
+def _not_finite(where: str, got: str) -> RepositoryError:
+    return RepositoryError(f"{where}: the delta must be finite, got {got}; save the checkpoint again")

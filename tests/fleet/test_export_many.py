@@ -300,8 +300,8 @@ def test_a_spec_file_belongs_to_one_checkpoint(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "name one of ID, --all and --ids FILE"),
-        (["rex", "--all"], "name one of ID, --all and --ids FILE"),
+        ([], "name one of ID, --base ID, --all and --ids FILE"),
+        (["rex", "--all"], "name one of ID, --base ID, --all and --ids FILE"),
         (["rex", "--workers", "2"], "--workers goes with --all or --ids"),
         (["--all", "--lint", "trt"], "--lint goes with one ID"),
         (["--all", "--address", "10.0.0.1:6379"], "--address goes with --on ray"),

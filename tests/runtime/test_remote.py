@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from personalq.adapters import ADAPTER, AdapterManifest
 from personalq.bundle import (
     MANIFEST,
     CheckpointEntry,
+    FileEntry,
     SpecEntry,
     bundle_key,
     file_sha256,
@@ -23,7 +26,8 @@ from personalq.bundle import (
 from personalq.cards.card import Card
 from personalq.errors import BundleError, EngineError, FleetError, MissingExtraError
 from personalq.repository import Repository
-from personalq.repository.remote import Remote
+from personalq.repository.remote import ATTACHED, Remote
+from personalq.weights.adapter import Adapter, Branch
 from runtime.cache import BundleCache, take_cards
 from runtime.store import Store, open_store
 from tests.s3_server import BUCKET, s3_environment, s3_server
@@ -57,6 +61,42 @@ def make(folder: Path, make_bundle: Any, checkpoint: str, policy: str = "taq") -
     fields = {"key": bundle_key(parts), "key_parts": parts, "checkpoint": entry, "spec": spec}
     (made / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update=fields)))
     return made.rename(made.with_name(fields["key"]))
+
+
+BASE_SHA = "b" * 64
+
+
+def make_base(folder: Path, make_bundle: Any, policy: str = "taq") -> Path:
+    """An engine of a base, for adapters of weights BASE_SHA."""
+    bundle = make(folder, make_bundle, f"base-{policy}", policy)
+    manifest = read_manifest(bundle)
+    parts = {"weights": BASE_SHA, "spec": policy}
+    entry = manifest.checkpoint.model_copy(update={"id": "tiny", "name": "tiny"})
+    fields = {"key": bundle_key(parts), "key_parts": parts, "kind": "base", "checkpoint": entry}
+    (bundle / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update=fields)))
+    return bundle.rename(bundle.with_name(fields["key"]))
+
+
+def make_adapter(folder: Path, checkpoint: str) -> Path:
+    """A checkpoint's adapter, in a folder of its key's name."""
+    parts = {"delta": checkpoint, "base": BASE_SHA}
+    bundle = folder / "bundles" / bundle_key(parts)
+    bundle.mkdir(parents=True)
+    half = np.ones((8, 2), np.float16), np.ones((2, 4), np.float16)
+    (bundle / ADAPTER).write_bytes(Adapter({"unet": {"layer": Branch(*half)}}).to_bytes())
+    file = bundle / ADAPTER
+    manifest = AdapterManifest(
+        key=bundle.name,
+        key_parts=parts,
+        checkpoint=CheckpointEntry(id=checkpoint, name=checkpoint, kind="lora", base="tiny", sha256="0"),
+        base_sha256=BASE_SHA,
+        family="f",
+        exporter_version="1",
+        scheduler={},
+        files={ADAPTER: FileEntry(sha256=file_sha256(file), bytes=file.stat().st_size)},
+    )
+    (bundle / MANIFEST).write_bytes(manifest_bytes(manifest))
+    return bundle
 
 
 def card(checkpoint: str) -> Card:
@@ -190,6 +230,56 @@ def test_beyond_the_limit_the_longest_unused_bundle_goes(make_bundle: Any, tmp_p
         EngineError, match=r"^cache: a bundle must fit the limit of 0 MB, got one of \d+ MB; raise --cache"
     ):
         cache_of(url, tmp_path / "other", 10).ensure(tmp_path / "other" / "bundles" / dog.name)
+
+
+def test_an_adapter_and_its_bases_engine_are_published_and_fetched_like_any_bundle(
+    url: str, make_bundle: Any, tmp_path: Path
+) -> None:
+    adapter, engine = make_adapter(tmp_path / "repo", "dog"), make_base(tmp_path / "repo", make_bundle)
+    remote = Remote(url)
+    assert remote.base(BASE_SHA) is None
+    assert remote.publish(adapter, card("dog")) is True and remote.publish(adapter, card("dog")) is False
+    assert remote.publish(engine, card("tiny")) is True
+    assert remote.ids() == ["dog"] and remote.has(adapter.name) and remote.has(engine.name)
+    listed, of_base = remote.listed("dog"), remote.base(BASE_SHA)
+    assert listed is not None and (listed.key, listed.policy) == (adapter.name, ATTACHED)
+    assert of_base is not None and (of_base.key, of_base.policy) == (engine.name, "taq")
+    assert remote.manifest(adapter.name)[0].base_sha256 == BASE_SHA
+    cache = cache_of(url, tmp_path / "cache")
+    found, base = cache.find("dog"), cache.find_base(BASE_SHA)
+    assert found is not None and base is not None and cache.find_base("c" * 64) is None
+    assert isinstance(cache.any_manifest(found), AdapterManifest) and cache.manifest(base).kind == "base"
+    with pytest.raises(BundleError, match=r"must be an engine, got an adapter; attach it to its base's$"):
+        cache.manifest(found)
+    for there, here in ((found, adapter), (base, engine)):
+        cache.ensure(there)
+        assert files_of(there) == files_of(here)
+    assert isinstance(cache.any_manifest(found), AdapterManifest)
+
+
+def test_the_form_that_was_published_last_is_the_best_but_no_reference(make_bundle: Any, tmp_path: Path) -> None:
+    remote, place = Remote(f"file://{tmp_path}/store"), tmp_path / "repo"
+    adapter, merged, reference = (
+        make_adapter(place, "dog"),
+        *(make(place, make_bundle, "dog", policy) for policy in ("taq", "fp16")),
+    )
+    for bundle, best in ((adapter, adapter), (merged, merged), (reference, merged), (adapter, adapter)):
+        remote.publish(bundle, card("dog"))
+        listed = remote.listed("dog")
+        assert listed is not None and listed.key == best.name
+    engines = [make_base(place, make_bundle, policy) for policy in ("taq", "fp32")]
+    for engine in engines:
+        remote.publish(engine, card("tiny"))
+    of_base = remote.base(BASE_SHA)
+    assert of_base is not None and of_base.key == engines[0].name
+
+
+def test_a_spoiled_adapter_is_not_published(tmp_path: Path) -> None:
+    bundle = make_adapter(tmp_path / "repo", "dog")
+    (bundle / ADAPTER).write_bytes(b"other")
+    with pytest.raises(BundleError, match=r"adapter\.safetensors: bytes differ from the manifest's sha256; export"):
+        Remote(f"file://{tmp_path}/store").publish(bundle, card("dog"))
+    assert not (tmp_path / "store" / "bundles").exists()
 
 
 def test_a_bundle_here_comes_before_one_in_the_store(make_bundle: Any, tmp_path: Path) -> None:
