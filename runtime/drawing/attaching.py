@@ -16,7 +16,7 @@ from personalq.tokens import Tokenizer
 from personalq.weights.adapter import Adapter, read_adapter
 
 from ..engines.attached import PLAIN, Attached, Worn, attach
-from ..engines.engine import SECOND_TOKENIZER, TOKENIZER, Engine, check_bytes
+from ..engines.engine import SECOND_TOKENIZER, TOKENIZER, check_bytes
 
 OF_CHECKPOINT = "checkpoint"  # in a manifest's sources: not the base's
 
@@ -61,14 +61,16 @@ def open_adapter(bundle: Path) -> Opened:
 class Wearing:
     """A base's engine with adapters attached. `manifest` is the base's with what the adapters say in its place."""
 
-    def __init__(self, engine: Engine, chosen: Sequence[Chosen] = (), *, on_any_base: bool = False) -> None:
-        """Raises EngineError for an adapter of another family, of another base (unless that is asked for), and for an engine
-        that takes none."""
-        self.base, self.chosen = engine.manifest, tuple(chosen)
+    def __init__(
+        self, base: Manifest, bundle: Path, chosen: Sequence[Chosen] = (), *, on_any_base: bool = False
+    ) -> None:
+        """base, bundle: the engine's. Raises EngineError for an adapter of another family, of another base (unless that is
+        asked for), and for an engine that takes none."""
+        self.base, self.chosen, self._bundle = base, tuple(chosen), bundle
         self.tokens: dict[str, int] = {}
         self.warnings: tuple[str, ...] = ()
         if not chosen:
-            self.manifest, self._bundle = self.base, engine.bundle
+            self.manifest = base
             return
         inputs = self.base.adapters
         if inputs is None:
@@ -78,7 +80,6 @@ class Wearing:
             )
         for one in chosen:
             _check_base(one.opened.manifest, self.base, on_any_base=on_any_base)
-        self._bundle = engine.bundle
         self.tokens = _ids(chosen, inputs.first_added_id)
         self.manifest = self._seen()
         self.warnings = tuple(self._warnings())

@@ -78,7 +78,7 @@ class Pipeline:
         Raises EngineError for adapters that do not fit the engine, or each other.
         """
         self.engine = engine
-        self.wearing = Wearing(engine, adapters, on_any_base=on_any_base)
+        self.wearing = Wearing(engine.manifest, engine.bundle, adapters, on_any_base=on_any_base)
         self.manifest = self.wearing.manifest
         self.prompts = Prompter(engine, self.wearing, cached_prompts)
         self.tokenizer, self.second_tokenizer = self.prompts.tokenizer, self.prompts.second_tokenizer
