@@ -144,27 +144,32 @@ def ask(request: str | None, answers: tuple[str, ...], batch: Path | None, llm: 
 
 
 @cli.command()
-@click.argument("id_", metavar="ID")
+@click.argument("id_", metavar="[ID]", default="")
+@click.option("--base", default="", help="Calibrate a base instead, also as its checkpoints make it.")
+@click.option("--over", help="Ids of these checkpoints, with commas. Default: at most 16 that differ.")
 @click.option("--policy", default="taq", show_default=True, help="Rule that turns statistics into bits.")
 @click.option("--bits", default="w8a8", show_default=True, help="Bits of weights and activations.")
 @click.option("--budget-mb", type=click.FloatRange(min=0, min_open=True), help="Share out this many megabytes.")
 @click.option("--row-bits", default="8", type=click.Choice(["8", "4"]), help="Of the text rows that are not kept.")
-@click.option("--report", "page", type=PATH, help="Also write an HTML page: what was measured, kept, and why.")
+@click.option("--samples", default=8, show_default=True, type=click.IntRange(min=1), help="Prompts of a checkpoint.")
+@click.option("--steps", default=25, show_default=True, type=click.IntRange(min=1), help="Steps for each prompt.")
+@click.option("--report", type=PATH, help="Also write an HTML page: what was measured, kept, and why.")
 @reports
-def calibrate(id_: str, budget_mb: float | None, row_bits: str, page: Path | None, **rule: str) -> Result:
-    """Run a checkpoint, collect its statistics and write its TAQ spec."""
+def calibrate(id_: str, base: str, over: str | None, budget_mb: float | None, row_bits: str, **rule: Any) -> Result:
+    """Run a checkpoint or a base, collect its statistics and write its TAQ spec."""
+    if bool(id_) == bool(base):
+        raise click.UsageError("name one checkpoint's ID, or a base with --base ID")
     repository = opened()
-    repository.checkpoint_dir(id_)
+    if not repository.whole(base or id_).is_base and base:
+        raise click.UsageError(f"--base: must be one of {', '.join(repository.bases())}, got checkpoint {base!r}")
     from calibration import calibrate as room
 
     budget = None if budget_mb is None else round(budget_mb * 1e6)
+    listed = None if over is None else tuple(one.strip() for one in over.split(",") if one.strip())
     with progress() as report:
-        options = room.CalibrateOptions(budget_bytes=budget, row_bits=int(row_bits), report=page, **rule)
-        made = room.calibrate(repository, id_, options, report)
-    counted = {
-        name: getattr(made, name) for name in ("kept_tokens", "layers", "checked_against", "seconds", "peak_rss_bytes")
-    }
-    return Result({"spec": str(made.spec_path), **rule, **counted})
+        options = room.CalibrateOptions(budget_bytes=budget, row_bits=int(row_bits), over=listed, **rule)
+        made = room.calibrate(repository, base or id_, options, report)
+    return Result({"policy": options.policy, "bits": options.bits, **made.to_json()})
 
 
 cli.add_command(export_command(opened))

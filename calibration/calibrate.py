@@ -1,60 +1,57 @@
-"""`personalq calibrate`: run the checkpoint over its own prompts, stream statistics, apply a policy, write spec and goldens."""
+"""`personalq calibrate`: run a checkpoint over its own prompts, stream statistics, apply a policy, write spec and goldens.
+
+A base is run over its own prompts and as its checkpoints make it (calibration.mixture); its spec's words are those of whatever
+is attached later.
+"""
 
 import datetime
 import resource
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from personalq.architecture import family_key, read_configs
 from personalq.cards.card import Card, folder_name
 from personalq.errors import SpecError
 from personalq.repository import Repository
 from personalq.repository.atomic import write_atomic
-from personalq.repository.identity import weights_sha256
-from personalq.repository.settings import Settings, read_settings
+from personalq.repository.results import Whole
 from personalq.rows import KeptTokens
 from personalq.spec import REFERENCE, LayerSpec, Provenance, RowsSpec, Spec, SpecFile
 
 from .decide import Decisions, decide, rule_of
+from .gather import (
+    FLOAT_POLICIES,
+    CalibrateOptions,
+    Progress,
+    checkpoint_sha256,
+    choice_of,
+    gather,
+    over_of,
+    quiet,
+    settings_of,
+)
+from .mixture.base_prompts import base_golden_prompts
 from .model.conditioning import Pipe
 from .model.independent import checked_against
-from .model.pipeline import load_pipeline, quantisable_layers
-from .model.reference import is_current, metadata_of, write_reference
+from .model.pipeline import quantisable_layers
+from .model.reference import golden_prompts, is_current, metadata_of, write_reference
 from .policies import Tokens
-from .prompts import calibration_prompts, prompts_sha256
+from .prompts import prompts_sha256
 from .report import report_html
-from .statistics.evidence import Evidence, Recipe
+from .statistics.evidence import Evidence
 from .statistics.ranges import LayerRanges
-from .statistics.saved import NAME as STATISTICS
 
-FLOAT_POLICIES = {"fp32": "float32", "fp16": "float16"}
 ROW_BITS = (8, 4)
-Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class CalibrateOptions:
-    """policy: see calibration.policies, or 'fp32' / 'fp16' (nothing quantised). samples: prompts run through all steps.
-
-    budget_bytes: share this many bytes of layer weights out by harm. row_bits: of the text rows that are not kept, 8 or
-    4 (always stored in a byte). report: an HTML page to write.
-    """
-
-    policy: str = "taq"
-    bits: str = "w8a8"
-    budget_bytes: int | None = None
-    row_bits: int = 8
-    samples: int = 8
-    steps: int = 25
-    seed: int = 0
-    report: Path | None = None
 
 
 @dataclass(frozen=True)
 class CalibrateResult:
+    """over, left_out: the checkpoints that a base was run as, and those that it was not, with the reason."""
+
     spec_path: Path
     spec_file: SpecFile
     kept_tokens: tuple[str, ...]
@@ -62,10 +59,14 @@ class CalibrateResult:
     checked_against: str
     seconds: float
     peak_rss_bytes: int
+    over: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
-
-def quiet(_: str, __: float) -> None:
-    """No progress shown."""
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, without the spec itself."""
+        rest = {name: value for name, value in self.__dict__.items() if name not in ("spec_path", "spec_file")}
+        told = {"kept_tokens": list(self.kept_tokens), "over": list(self.over), "left_out": dict(self.left_out)}
+        return {"spec": str(self.spec_path), **rest, **told}
 
 
 def calibrate(
@@ -86,27 +87,30 @@ def calibrate(
         rule_of(options.policy)
     if options.row_bits not in ROW_BITS:
         raise SpecError(f"row bits: must be one of {ROW_BITS}, got {options.row_bits}")
-    card = repository.card(checkpoint_id)
-    folder = repository.root / "specs" / folder_name(card.id)
-    reference, sha256 = folder / REFERENCE, checkpoint_sha256(repository, card)
+    whole = repository.whole(checkpoint_id)
+    card, folder = whole.card, repository.root / "specs" / folder_name(whole.card.id)
+    choice = choice_of(repository, whole, options)
+    reference, sha256 = folder / REFERENCE, checkpoint_sha256(whole)
     checked = ""
-    settings = settings_of(repository, card)
+    settings = settings_of(whole)
     if not is_current(reference, sha256, settings.scheduler):
         progress("comparing with diffusers' own loaders", 0.0)
         checked = checked_against(repository, card)  # before ours is loaded: one pipeline in memory at a time
     progress("loading the checkpoint", 0.0)
-    evidence = evidence or gather(repository, card, options, progress)
+    evidence = evidence or gather(repository, card, options, progress, choice=choice)
     if checked:
         progress("running the FP32 reference", 0.0)
         told = {"checkpoint_sha256": sha256, "checked_against": checked, **settings.sampling()}
-        write_reference(evidence.pipe, card, reference, scheduler=settings.scheduler, **told)
+        prompts = base_golden_prompts(whole.base_dir) if whole.is_base else golden_prompts(card)
+        write_reference(evidence.pipe, prompts, reference, scheduler=settings.scheduler, **told)
     checked = metadata_of(reference).get("checked_against", "not recorded")
     spec_file, kept = build_spec(repository, card, evidence, options, checked)
     path = spec_file.write(folder / f"{spec_file.spec.name}.json")
     if options.report is not None and options.policy not in FLOAT_POLICIES:
         write_atomic(options.report, report_html(evidence, spec_file.spec).encode())
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return CalibrateResult(path, spec_file, kept, len(spec_file.spec.layers), checked, seconds, peak)
+    over, layers = tuple(over_of(evidence)), len(spec_file.spec.layers)
+    return CalibrateResult(path, spec_file, kept, layers, checked, seconds, peak, over, choice.left_out)
 
 
 def build_spec(
@@ -125,7 +129,7 @@ def build_spec(
     else:
         rule = rule_of(options.policy)
         decisions = decide(evidence, rule, options.bits, options.budget_bytes)
-        kept, reasons = rule.keep_rows(Tokens(evidence.recipe.trigger, evidence.recipe.class_noun), evidence.seen.rows)
+        kept, reasons = rule.keep_rows(tokens_of(evidence, repository.whole(card.id)), evidence.seen.rows)
         rows, name = RowsSpec(kept=kept, layers=layers_of_rows, reasons=reasons), spec_name(options)
     spec = Spec(
         name=name,
@@ -151,29 +155,6 @@ def spec_name(options: CalibrateOptions) -> str:
     return f"{options.policy}-{options.bits}{rows}{budget}"
 
 
-def gather(repository: Repository, card: Card, options: CalibrateOptions, progress: Progress = quiet) -> Evidence:
-    """Load the checkpoint and get ready to observe it; policies calibrated one after the other can share the result."""
-    pipe = load_pipeline(repository, card)
-    prompts = (
-        () if options.policy in FLOAT_POLICIES else tuple(calibration_prompts(card, options.samples, options.seed))
-    )
-    tokens = card_tokens(pipe, card)
-    guidance = settings_of(repository, card).guidance
-    recipe = Recipe(prompts, tokens.trigger, tokens.class_noun, options.steps, guidance, options.seed)
-    folder = repository.root / "specs" / folder_name(card.id)
-    return Evidence(pipe, recipe, progress, folder / STATISTICS, checkpoint_sha256(repository, card))
-
-
-def settings_of(repository: Repository, card: Card) -> Settings:
-    """The checkpoint's scheduler, tokenizers and what else its author shipped."""
-    return read_settings(repository.base_dir(card), repository.checkpoint_dir(card.id))
-
-
-def checkpoint_sha256(repository: Repository, card: Card) -> str:
-    """Hash of the base's and the checkpoint's weights."""
-    return weights_sha256(repository.base_dir(card), repository.checkpoint_dir(card.id))
-
-
 def float_layers(ranges: dict[str, LayerRanges], reason: str) -> dict[str, LayerSpec]:
     """Every layer unquantised: the reference policies."""
     return {
@@ -182,27 +163,25 @@ def float_layers(ranges: dict[str, LayerRanges], reason: str) -> dict[str, Layer
     }
 
 
-def card_tokens(pipe: Pipe, card: Card) -> Tokens:
-    """Token ids of the card's triggers and class noun, multi-vector triggers expanded as diffusers does."""
-
-    def ids(text: str) -> tuple[int, ...]:
-        text = pipe.maybe_convert_prompt(text, pipe.tokenizer)
-        return tuple(pipe.tokenizer(text, add_special_tokens=False).input_ids)
-
-    triggers = tuple(ids(group) for group in card.trigger if group.strip())
-    return Tokens(triggers, (ids(card.class_noun),) if card.class_noun else ())
+def tokens_of(evidence: Evidence, whole: Whole) -> Tokens:
+    """The words whose rows may be kept: the checkpoint's own, or those of whatever is attached to a base."""
+    if whole.is_base:
+        return Tokens(of_adapter=True)
+    part = evidence.recipe.parts[0]
+    return Tokens(part.trigger, part.class_noun)
 
 
 def kept_words(kept: KeptTokens, pipe: Pipe) -> tuple[str, ...]:
     """Human names of the kept rows, for the command line and reports."""
-    words = [pipe.tokenizer.decode(sequence).strip() for sequence in kept.trigger]
+    words = [f"<{name.upper()}>" for name in kept.of_adapter]
+    words += [pipe.tokenizer.decode(sequence).strip() for sequence in kept.trigger]
     words += ["<BOS>"] if kept.bos else []
     words += [pipe.tokenizer.decode(sequence).strip() for sequence in kept.class_noun]
     return tuple(words + (["<EOS>"] if kept.eos else []) + (["<PAD>"] if kept.pad else []))
 
 
 def provenance(evidence: Evidence, options: CalibrateOptions, checked: str) -> Provenance:
-    prompts = list(evidence.recipe.prompts)
+    prompts, over = list(evidence.recipe.prompts), over_of(evidence)
     return Provenance(
         checkpoint_sha256=evidence.checkpoint_sha256,
         prompts_sha256=prompts_sha256(prompts),
@@ -210,6 +189,7 @@ def provenance(evidence: Evidence, options: CalibrateOptions, checked: str) -> P
         timesteps=(options.steps,) if prompts else (),
         seeds=(options.seed,),
         versions={name: version(name) for name in ("torch", "diffusers", "transformers")},
+        notes={"over": over} if over else {},
         date=datetime.date.today().isoformat(),
         reference={"checked_against": checked},
     )

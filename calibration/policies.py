@@ -17,10 +17,19 @@ from .statistics.text_rows import RowStatistics
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token-id sequences of the card's words, for the kept rows."""
+    """Token-id sequences of the card's words, for the kept rows. of_adapter: a base's, whose words are still to come."""
 
-    trigger: tuple[tuple[int, ...], ...]
-    class_noun: tuple[tuple[int, ...], ...]
+    trigger: tuple[tuple[int, ...], ...] = ()
+    class_noun: tuple[tuple[int, ...], ...] = ()
+    of_adapter: bool = False
+
+    def kept(self, *, trigger: bool = False, class_noun: bool = False, **others: bool) -> KeptTokens:
+        """Rows to keep: the words where they are wanted, and other classes by name."""
+        wanted = {"trigger": trigger, "class_noun": class_noun}
+        if self.of_adapter:
+            return KeptTokens(of_adapter=tuple(name for name, value in wanted.items() if value), **others)
+        words = {name: getattr(self, name) if value else () for name, value in wanted.items()}
+        return KeptTokens(**words, **others)
 
 
 KeepRows = Callable[[Tokens, RowStatistics], tuple[KeptTokens, dict[str, str]]]
@@ -88,22 +97,14 @@ def trigger_and_measured(tokens: Tokens, rows: RowStatistics) -> tuple[KeptToken
             reasons[name] = (
                 f"{verdict}: attention x 8-bit error is {harm[name] / max(average, 1e-30):.1f} x the average row's"
             )
-    kept = KeptTokens(
-        trigger=tokens.trigger,
-        bos=wanted["bos"],
-        class_noun=tokens.class_noun if wanted["class_noun"] else (),
-        eos=wanted["eos"],
-        pad=wanted["pad"],
-    )
-    return kept, reasons
+    return tokens.kept(trigger=True, **wanted), reasons
 
 
 def fixed(reason: str, **kept: bool) -> KeepRows:
     """Keep these classes whatever was measured; `trigger=True` stands for the card's trigger."""
 
     def keep(tokens: Tokens, _: RowStatistics) -> tuple[KeptTokens, dict[str, str]]:
-        values = {name: value for name, value in kept.items() if name != "trigger"}
-        return KeptTokens(trigger=tokens.trigger if kept.get("trigger") else (), **values), {"control": reason}
+        return tokens.kept(**kept), {"control": reason}
 
     return keep
 

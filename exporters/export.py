@@ -1,30 +1,21 @@
-"""Checkpoint + spec -> bundle: content-addressed, written beside its place and renamed into it, reused when it exists."""
+"""Checkpoint or base + spec -> bundle: content-addressed, written beside its place and renamed into it, reused when it exists."""
 
 import logging
 import resource
 import shutil
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
 from personalq.bundle import (
     MANIFEST,
     SPEC,
-    CheckpointEntry,
+    BranchPlace,
     FileEntry,
-    Graphs,
-    Latent,
-    Manifest,
-    Rows,
-    Sizes,
-    SpecEntry,
-    Text,
     bundle_key,
     check_files,
     file_sha256,
@@ -33,28 +24,39 @@ from personalq.bundle import (
     read_manifest,
 )
 from personalq.cards.card import Card
-from personalq.errors import BundleError, SpecError
+from personalq.errors import BundleError, RepositoryError, SpecError
 from personalq.repository import Repository
 from personalq.repository.atomic import atomic_directory, settle
 from personalq.repository.identity import weights_sha256
-from personalq.repository.settings import Settings, read_settings
+from personalq.repository.results import Whole
+from personalq.repository.settings import read_settings
 from personalq.repository.sharing import link_shared, note_shared
 from personalq.spec import REFERENCE, SpecFile, read_spec
-from personalq.weights.checkpoint import CheckpointWeights, ComponentWeights, open_weights
+from personalq.weights.checkpoint import ComponentWeights, open_weights
 from personalq.weights.models import TOKEN_EMBEDDING
 
 from .external_data import Report, silent, write_graph
-from .graphs.family import Family, open_family
+from .graphs.family import open_family
 from .graphs.lower_ort import STORAGE, Lowered, lower_unet, store_floats
 from .graphs.lower_trt import lower_unet_trt
+from .graphs.passes.added import add_rows, open_encoder
+from .graphs.passes.branches import Branches
 from .graphs.passes.rows import emit_storage_form
 from .lock import only_one
+from .manifest import (
+    BASE_UNETS,
+    EXPORTER_VERSION,
+    RANKS,
+    Job,
+    Places,
+    checkpoint_entry,
+    latent_of,
+    manifest_of,
+)
 from .share import write_sharing_graph
 from .tokenizer import write_tokenizers
 
 logger = logging.getLogger("personalq.exporters")
-
-EXPORTER_VERSION = "7"
 
 
 @dataclass(frozen=True)
@@ -75,18 +77,35 @@ class ExportResult:
 def export_checkpoint(
     repository: Repository, checkpoint_id: str, spec_path: Path, progress: Report = silent
 ) -> ExportResult:
-    """Export one checkpoint under one spec into `<repository>/bundles/<key>/` and return where it is.
+    """Export one checkpoint, merged, under one spec into `<repository>/bundles/<key>/` and return where it is.
 
     Raises RepositoryError, SpecError or BundleError, each one line; on any failure nothing is left behind.
     """
+    card = repository.card(checkpoint_id)
+    whole = Whole(card, repository.base_dir(card), repository.checkpoint_dir(card.id))
+    return export_whole(repository, whole, spec_path, progress)
+
+
+def export_base(repository: Repository, base_id: str, spec_path: Path, progress: Report = silent) -> ExportResult:
+    """Export a base, whose graphs take adapters, as `export_checkpoint` exports a checkpoint."""
+    whole = repository.whole(base_id)
+    if not whole.is_base:
+        raise RepositoryError(
+            f"{base_id}: must be a base, got a checkpoint; export it with 'personalq export {base_id}'"
+        )
+    return export_whole(repository, whole, spec_path, progress)
+
+
+def export_whole(repository: Repository, whole: Whole, spec_path: Path, progress: Report = silent) -> ExportResult:
+    """Export a checkpoint over its base, merged; or a base as it is, whose graphs take adapters (docs/adapters.md)."""
     started = time.perf_counter()
-    card, spec_file = repository.card(checkpoint_id), read_spec(spec_path)
-    base_dir, reference = repository.base_dir(card), spec_path.parent / REFERENCE
+    card, spec_file = whole.card, read_spec(spec_path)
+    base_dir, reference = whole.base_dir, spec_path.parent / REFERENCE
     progress("reading weights", 0.0)
-    checkpoint_dir = repository.checkpoint_dir(card.id)
+    checkpoint_dir = whole.checkpoint_dir
     weights, settings = open_weights(base_dir, checkpoint_dir, card.kind), read_settings(base_dir, checkpoint_dir)
     family = open_family(repository.root / "families", base_dir, progress)
-    stems = sorted(file.stem for file in checkpoint_dir.glob("*.safetensors"))
+    stems = sorted(file.stem for file in checkpoint_dir.glob("*.safetensors")) if checkpoint_dir else []
     entry = checkpoint_entry(card, weights_sha256(base_dir, checkpoint_dir), stems)
     for note in settings.scheduler.notes:
         logger.warning("%s: %s", card.base or card.id, note)
@@ -99,14 +118,14 @@ def export_checkpoint(
         "family": family.key,
         "reference": file_sha256(reference) if reference.is_file() else "none",
     }
-    check_fits(spec_file, card, parts)
+    check_fits(spec_file, card, parts, "--base " if whole.is_base else "")
     key = bundle_key(parts)
     folder = repository.root / "bundles" / key
     with only_one(folder):
         reused = is_intact(folder)
         if not reused:
             with atomic_directory(folder, replace=True) as temporary:
-                job = Job(entry, settings, weights, family, spec_file, parts, key, temporary, progress)
+                job = Job(entry, whole.is_base, settings, weights, family, spec_file, parts, key, temporary, progress)
                 write_bundle(job)
                 if reference.is_file():
                     shutil.copyfile(reference, temporary / "golden.safetensors")
@@ -121,23 +140,8 @@ def export_checkpoint(
     )
 
 
-@dataclass
-class Job:
-    """Everything one export needs; `drafts` collects manifest fields as the parts are written."""
-
-    checkpoint: CheckpointEntry
-    settings: Settings
-    weights: CheckpointWeights
-    family: Family
-    spec_file: SpecFile
-    parts: dict[str, str]
-    key: str
-    folder: Path
-    progress: Report
-
-
-def check_fits(spec_file: SpecFile, card: Card, parts: dict[str, str]) -> None:
-    """Refuse a spec made for another checkpoint, other weights or another architecture."""
+def check_fits(spec_file: SpecFile, card: Card, parts: dict[str, str], option: str = "") -> None:
+    """Refuse a spec made for another checkpoint, other weights or another architecture. option: how 'calibrate' takes its id."""
     spec = spec_file.spec
     for field, wanted, found in (
         ("checkpoint", card.id, spec.checkpoint),
@@ -146,7 +150,7 @@ def check_fits(spec_file: SpecFile, card: Card, parts: dict[str, str]) -> None:
     ):
         if found != wanted:
             raise SpecError(
-                f"spec {spec.name}: {field}: must be {wanted}, got {found!r}; run 'personalq calibrate {card.id}'"
+                f"spec {spec.name}: {field}: must be {wanted}, got {found!r}; run 'personalq calibrate {option}{card.id}'"
             )
 
 
@@ -161,7 +165,7 @@ def is_intact(folder: Path) -> bool:
 def write_bundle(job: Job) -> None:
     """Write every graph, its weights, the tokenizer and the manifest into the job's folder."""
     unet = job.weights.component("unet")
-    lowered = lower_unet(job.family.graph("unet"), job.spec_file)
+    lowered = lower_unet(job.family.graph("unet"), job.spec_file, branches=Branches() if job.is_base else None)
     where = job.folder / "unet.ort.onnx"
     write_graph(lowered.model, lowered.tensors, unet.read, where, "weights.data", part(job, "UNet", 0.1, 0.8))
     with ThreadPoolExecutor(1) as disk:  # the largest file goes to disk while the others are made
@@ -173,10 +177,10 @@ def write_bundle(job: Job) -> None:
 def write_parts(job: Job, lowered: Lowered) -> None:
     """Everything beside the UNet's first graph and its weights."""
     spec = job.spec_file.spec
-    unet = job.weights.component("unet")
-    trt = lower_unet_trt(job.family.graph("unet"), job.spec_file)
-    write_sharing_graph(trt.model, trt.tensors, unet.read, job.folder / "unet.trt.onnx", lowered.model)
+    places: Places = {"unet": write_other_unets(job, lowered)}
     rows = job.family.graph("text_rows")
+    if job.is_base:
+        add_rows(rows)
     if not spec.is_float:
         emit_storage_form(rows, spec.rows.layers, spec.rows.kept.slots)
     storage = STORAGE[spec.storage]
@@ -189,50 +193,34 @@ def write_parts(job: Job, lowered: Lowered) -> None:
         source = job.weights.component(component)
         if name in encoders:
             fit_vocabulary(model, source)
+            if job.is_base:
+                places[name] = open_encoder(model, job.weights.first_added_id)
         tensors = store_floats(model, set(), storage)
         report = part(job, name.replace("_", " "), 0.8, 0.95)
         write_graph(model, tensors, source.read, job.folder / f"{name}.onnx", f"{name}.data", report)
     text = write_tokenizers(job.settings, job.weights, job.folder)
     job.spec_file.write(job.folder / SPEC)
-    (job.folder / MANIFEST).write_bytes(manifest_bytes(manifest_of(job, lowered, text)))
+    (job.folder / MANIFEST).write_bytes(manifest_bytes(manifest_of(job, lowered, text, places)))
 
 
-def manifest_of(job: Job, lowered: Lowered, text: Text) -> Manifest:
-    """Everything a runtime needs to know, hashes left out."""
-    spec = job.spec_file.spec
-    return Manifest(
-        key=job.key,
-        key_parts=job.parts,
-        checkpoint=job.checkpoint,
-        family=job.family.key,
-        exporter_version=EXPORTER_VERSION,
-        spec=SpecEntry(
-            name=spec.name, policy=spec.policy, bits=spec.bits, sha256=job.parts["spec"], storage=spec.storage
-        ),
-        graphs=Graphs(
-            unet={"ort": "unet.ort.onnx", "trt": "unet.trt.onnx"},
-            text_rows="text_rows.onnx",
-            text_encoder="text_encoder.onnx",
-            text_encoder_2="text_encoder_2.onnx" if "text_encoder_2" in job.family.configs else "",
-            vae_decoder="vae_decoder.onnx",
-        ),
-        rows=Rows(
-            form="full" if spec.is_float else "split",
-            width=sum(2 * layer.width for layer in spec.rows.layers),
-            layers=spec.rows.layers,
-            kept=spec.rows.kept,
-            is_open=True,
-        ),
-        text=text,
-        latent=latent_of(job.settings.configs),
-        scheduler=job.settings.scheduler.settings,
-        sources=dict(job.settings.sources),
-        **job.settings.sampling(),
-        sizes=unet_sizes(job, lowered),
-        census=lowered.census,
-        unquantised=lowered.unquantised,
-        versions={name: version(name) for name in ("onnx-ir", "numpy")},
-    )
+def write_other_unets(job: Job, first: Lowered) -> dict[str, BranchPlace]:
+    """The graphs that share the first one's weights: `trt`, and more of a base; return where adapters enter its UNet."""
+    read, unet = job.weights.component("unet").read, partial(job.family.graph, "unet")
+    for rank in (0, *RANKS) if job.is_base else (0,):
+        trt = lower_unet_trt(unet(), job.spec_file, rank)
+        file = BASE_UNETS[f"trt_rank{rank}" if rank else "trt"]
+        write_sharing_graph(trt.model, trt.tensors, read, job.folder / file, first.model)
+    if not job.is_base:
+        return {}
+    wide = lower_unet(unet(), job.spec_file, branches=Branches(is_wide=True))
+    write_sharing_graph(wide.model, wide.tensors, read, job.folder / BASE_UNETS["ort_wide"], first.model)
+    return wide.places
+
+
+def fit_vocabulary(model: ir.Model, weights: ComponentWeights) -> None:
+    """Give the token embedding the checkpoint's number of rows (Textual Inversion adds some)."""
+    name = next(name for name in model.graph.initializers if name.endswith(TOKEN_EMBEDDING))
+    model.graph.initializers[name].shape = ir.Shape(weights.shape(name))
 
 
 def part(job: Job, name: str, start: float, end: float) -> Report:
@@ -250,56 +238,3 @@ def finish(job: Job, folder: Path, root: Path) -> None:
     }
     link_shared(root, folder, {name: entry.sha256 for name, entry in files.items()})
     (folder / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update={"files": files})))
-
-
-def checkpoint_entry(card: Card, sha256: str, files: Sequence[str] = ()) -> CheckpointEntry:
-    """What a bundle says of its checkpoint. sha256: of the weights; files: the stems of its own."""
-    return CheckpointEntry(
-        id=card.id,
-        name=card.name,
-        kind=card.kind,
-        base=card.base,
-        trigger=tuple(card.trigger),
-        class_noun=card.class_noun,
-        sha256=sha256,
-        files=tuple(files),
-    )
-
-
-def fit_vocabulary(model: ir.Model, weights: ComponentWeights) -> None:
-    """Give the token embedding the checkpoint's number of rows (Textual Inversion adds some)."""
-    name = next(name for name in model.graph.initializers if name.endswith(TOKEN_EMBEDDING))
-    model.graph.initializers[name].shape = ir.Shape(weights.shape(name))
-
-
-def latent_of(configs: dict[str, dict[str, Any]]) -> Latent:
-    """The latent space as the VAE and UNet configs describe it."""
-    vae, unet = configs["vae"], configs["unet"]
-    return Latent(
-        channels=vae["latent_channels"],
-        height=unet["sample_size"],
-        width=unet["sample_size"],
-        scale=2 ** (len(vae["block_out_channels"]) - 1),
-        scaling_factor=vae.get("scaling_factor", 0.18215),
-        shift_factor=vae.get("shift_factor") or 0.0,
-    )
-
-
-def unet_sizes(job: Job, lowered: Lowered) -> Sizes:
-    """Bytes on disk of UNet and text-row encoder; unquantised ones = the family's graphs + every weight at 2 or 4 bytes."""
-    written = ("unet.ort.onnx", "weights.data", "text_rows.onnx", "text_rows.data")
-    unet = job.weights.component("unet")
-    n_weights = sum(_numel(unet.shape(name)) for name in unet.names())
-    graphs = sum((job.family.folder / f"{name}.onnx").stat().st_size for name in ("unet", "text_rows"))
-    return Sizes(
-        unet=sum((job.folder / name).stat().st_size for name in written),
-        unet_fp16=graphs + 2 * n_weights,
-        unet_fp32=graphs + 4 * n_weights,
-    )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count

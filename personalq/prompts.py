@@ -5,7 +5,7 @@ without any is one piece of text, unchanged.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -80,36 +80,38 @@ def read_prompt(text: str, whole: Sequence[str] = ()) -> Prompt:
     return reader.done()
 
 
-def refuse_faults(prompt: Prompt, names: Sequence[str]) -> None:
-    """Raise PromptError for the first fault, and for an adapter that is not the checkpoint of these names at strength 1.
+def refuse_faults(prompt: Prompt, strengths: Mapping[str, tuple[float, float]], *, is_attached: bool = False) -> None:
+    """Raise PromptError for the first fault, and for an adapter that is not what draws, as strong as it is.
 
-    names: what the checkpoint that draws is called, its id first.
+    strengths: what draws, by every name it has, its ids first -> (of the UNet, of the text encoder). is_attached: it is
+    adapters beside a base's engine; else it is merged into its own.
     """
     for fault in prompt.faults:
         raise PromptError(f"prompt: {fault}")
-    known = {name.casefold() for name in names}
-    for asked in prompt.adapters:
-        if asked.name.casefold() not in known:
-            raise PromptError(
-                f"prompt: {asked.written} must name the checkpoint that draws, {names[0]!r}; adapters cannot be added to a "
-                "bundle yet: remove it, or draw with that checkpoint"
-            )
-    strengths = [(sum(values), one.written) for one, values in _strengths(prompt.adapters)]
-    for strength, written in strengths:
-        if strength != 1:
-            raise PromptError(
-                f"prompt: {written} must have strength 1 in all, got {strength:g}; {names[0]!r} is merged into its bundle "
-                "at full strength: write 1, or remove it"
-            )
+    known, drawing = {name.casefold(): value for name, value in strengths.items()}, next(iter(strengths), "")
+    for name, asked in named_adapters(prompt).items():
+        if name not in known:
+            how = "attach it with --adapter NAME:STRENGTH" if is_attached else "draw with that checkpoint"
+            raise PromptError(f"prompt: {asked.written} must name what draws, {drawing!r}; remove it, or {how}")
+        for said, is_so in zip((asked.unet, asked.text_encoder), known[name], strict=True):
+            if said != is_so:
+                why = "attached at that strength" if is_attached else "merged into its bundle at full strength"
+                raise PromptError(
+                    f"prompt: {asked.written} must have strength {is_so:g} in all, got {said:g}; {drawing!r} is {why}: "
+                    f"write {is_so:g}, or remove it"
+                )
 
 
-def _strengths(adapters: Iterable[Adapter]) -> Iterator[tuple[Adapter, list[float]]]:
-    """Each part of each adapter that is named, with every strength that it is given."""
-    by_name = groupby(sorted(adapters, key=lambda one: one.name.casefold()), lambda one: one.name.casefold())
-    for _, group in by_name:
-        same = list(group)
-        yield same[-1], [one.unet for one in same]
-        yield same[-1], [one.text_encoder for one in same]
+def named_adapters(prompt: Prompt) -> dict[str, Adapter]:
+    """What a prompt names, by casefolded name, strengths of the same name added up."""
+    found: dict[str, Adapter] = {}
+    for one in prompt.adapters:
+        before = found.get(one.name.casefold())
+        sums = (
+            (one.unet + before.unet, one.text_encoder + before.text_encoder) if before else (one.unet, one.text_encoder)
+        )
+        found[one.name.casefold()] = Adapter(one.name, *sums, one.written)
+    return found
 
 
 def _matches(text: str, whole: Sequence[str]) -> Iterator[re.Match[str]]:

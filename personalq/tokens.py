@@ -6,6 +6,7 @@ It knows text and ids, not text encoders or which tokens matter.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,10 +41,15 @@ class Encoded:
 class Tokenizer:
     """The CLIP tokenizer of one checkpoint; gives the ids of transformers' CLIPTokenizer for the same files."""
 
-    def __init__(self, file: Path, text: Text) -> None:
-        """Read `file` (tokenizer.json). Raises BundleError when it is missing or not a tokenizer."""
+    def __init__(self, file: Path, text: Text, learned: Mapping[str, int] | None = None) -> None:
+        """Read `file` (tokenizer.json). Raises BundleError when it is missing or not a tokenizer.
+
+        learned: piece -> id of the tokens that attached adapters add: what `tokenizers` does with added tokens, without a
+        copy of the tokenizer for each adapter.
+        """
         self.text = text
         self._tokenizer = _read(file)
+        self._learned = _Learned(self._tokenizer, learned) if learned else None
         self._expansions = _expansion_patterns(text.expansions)
         self._comma: int | None = self._tokenizer.token_to_id(",</w>")
 
@@ -60,7 +66,7 @@ class Tokenizer:
     def encode(self, prompt: str) -> Encoded:
         """Tokenise a prompt, cut it to the text encoder's length and pad it. Raises PromptError when it is not text."""
         expanded = self.expand(_checked(prompt))
-        encoding = self._tokenizer.encode(expanded, add_special_tokens=False)
+        encoding = self._encode(expanded)
         room = self.text.length - 2
         kept = encoding.ids[:room]
         ids = np.full(self.text.length, self.text.pad_id, dtype=np.int64)
@@ -98,7 +104,7 @@ class Tokenizer:
             tokens = []
             for piece in section:
                 expanded = self.expand(_checked(piece.text))
-                encoding = self._tokenizer.encode(expanded, add_special_tokens=False)
+                encoding = self._encode(expanded)
                 words = [None, *encoding.word_ids]
                 for i, (token, offset) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
                     begins = i == 0 or words[i] != words[i + 1]
@@ -110,16 +116,76 @@ class Tokenizer:
 
     def token_ids(self, text: str) -> tuple[int, ...]:
         """Ids of a word or phrase alone, expanded, without BOS and EOS, of any length."""
-        return tuple(self._tokenizer.encode(self.expand(_checked(text)), add_special_tokens=False).ids)
+        return tuple(self._encode(self.expand(_checked(text))).ids)
+
+    def _encode(self, text: str) -> "Encoding":
+        """Ids, and where each stands, without BOS and EOS."""
+        if self._learned is not None:
+            return self._learned.encode(text)
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return Encoding(found.ids, found.offsets, found.word_ids)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Token ids, the characters that each came from, and the number of its word."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    word_ids: list[int | None]
+
+
+class _Learned:
+    """A tokenizer with further tokens: the text is cut at them, the longest one first, and what lies between is encoded alone.
+
+    So does `tokenizers` with tokens added as plain text: they are found in the lowercased text, before it is split.
+    """
+
+    def __init__(self, tokenizer: "tokenizers.Tokenizer", learned: Mapping[str, int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = {piece.casefold(): id_ for piece, id_ in learned.items()}
+        self._pattern = re.compile("|".join(re.escape(piece) for piece in sorted(learned, key=len, reverse=True)), re.I)
+
+    def encode(self, text: str) -> Encoding:
+        made, at = Encoding([], [], []), 0
+        for match in self._pattern.finditer(text):
+            self._add(made, text, at, match.start())
+            made.ids.append(self._ids[match.group().casefold()])
+            made.offsets.append(match.span())
+            made.word_ids.append(self._next_word(made))
+            at = match.end()
+        self._add(made, text, at, len(text))
+        return made
+
+    def _add(self, made: Encoding, text: str, start: int, end: int) -> None:
+        """The tokens of text[start:end]; its first word has the next number."""
+        found, word = self._tokenizer.encode(text[start:end], add_special_tokens=False), self._next_word(made)
+        made.ids.extend(found.ids)
+        made.offsets.extend((start + a, start + b) for a, b in found.offsets)
+        made.word_ids.extend(None if one is None else word + one for one in found.word_ids)
+
+    @staticmethod
+    def _next_word(made: Encoding) -> int:
+        last = made.word_ids[-1] if made.word_ids else None
+        return 0 if last is None else last + 1
 
 
 def _read(file: Path) -> "tokenizers.Tokenizer":
     try:
-        import tokenizers
+        import tokenizers  # noqa: F401 (asked for here too: what is kept was read when it was installed)
     except ImportError:
         raise MissingExtraError("tokenizers", "cpu") from None
     if not file.is_file():
         raise BundleError(f"{file}: must be a tokenizer.json, got no file; export the checkpoint again")
+    stat = file.stat()
+    return _read_once(str(file), stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=8)
+def _read_once(file: str, mtime_ns: int, n_bytes: int) -> "tokenizers.Tokenizer":
+    """A file's tokenizer, kept: reading one takes 0.1 s, and every adapter of a base has the same."""
+    import tokenizers
+
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception

@@ -15,6 +15,16 @@ _ON = click.option("--on", type=click.Choice(["local", "ray"]), default="local",
 
 _DRAWING = (
     click.option("--checkpoint", default="", help="Draw with this checkpoint; Check-in only writes the prompt."),
+    click.option(
+        "--adapter",
+        "adapters",
+        multiple=True,
+        metavar="ID|FILE[:STRENGTH]",
+        help="Attach a checkpoint, or a LoRA file that was never added; repeat for several.",
+    ),
+    click.option(
+        "--on", default="", metavar="BASE", help="Attach to this base of the family, not to the checkpoint's own."
+    ),
     click.option("--steps", type=click.IntRange(min=1), help="Denoising steps. Default: what the base recommends."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     _TARGET,

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from personalq.architecture import read_configs
 from personalq.cards.card import Card
-from personalq.errors import PersonalQError
 from personalq.repository import Repository
-from personalq.repository.settings import read_settings
+from personalq.repository.results import Whole
+from personalq.repository.settings import Settings, read_settings
 from personalq.weights.checkpoint import CheckpointWeights, open_weights
 from personalq.weights.deltas.custom_diffusion import is_custom_diffusion, replaced_parameter
 from personalq.weights.deltas.embeddings import parts_by_encoder
@@ -30,32 +30,36 @@ TOLERANCE = 1e-5  # of a parameter's largest value: float32 on both sides, only 
 def checked_against(repository: Repository, card: Card) -> str:
     """'diffusers <version>' when its loaders give the reader's weights, else why they were not compared, or what differs.
 
-    Raises RepositoryError when the reader itself cannot read the checkpoint.
+    A base is compared as it is. Raises RepositoryError when the reader itself cannot read the checkpoint.
     """
-    base_dir, folder = repository.base_dir(card), repository.checkpoint_dir(card.id)
-    ours = open_weights(base_dir, folder, card.kind)
+    whole = repository.whole(card.id)
+    ours = open_weights(whole.base_dir, whole.checkpoint_dir, card.kind)
+    settings = read_settings(whole.base_dir, whole.checkpoint_dir)  # ours: what it raises is not diffusers' failure
     tool = f"diffusers {version('diffusers')}"
-    if why := _dropped(folder):
+    if why := _dropped(whole.checkpoint_dir):
         return f"not checked: {tool} {why}"
     try:
-        pipe = load_by_diffusers(repository, card)
-    except PersonalQError:
-        raise
+        pipe = _loaded(whole, settings)
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return f"not checked: {tool} does not load it ({said})"
-    different = next(_differences(pipe, ours, [*read_configs(base_dir)]), "")
+    different = next(_differences(pipe, ours, [*read_configs(whole.base_dir)]), "")
     del pipe
     gc.collect()
     return f"differs from {tool}: {different}" if different else tool
 
 
 def load_by_diffusers(repository: Repository, card: Card) -> Pipe:
-    """The checkpoint's FP32 pipeline as diffusers' own loaders make it. Whatever they raise comes through."""
-    base_dir, folder = repository.base_dir(card), repository.checkpoint_dir(card.id)
+    """The checkpoint's (or base's) FP32 pipeline as diffusers' own loaders make it. Whatever they raise comes through."""
+    whole = repository.whole(card.id)
+    return _loaded(whole, read_settings(whole.base_dir, whole.checkpoint_dir))
+
+
+def _loaded(whole: Whole, settings: Settings) -> Pipe:
     with quiet_libraries():
-        pipe = open_base(base_dir, read_settings(base_dir, folder), {})
-        LOADERS[card.kind](pipe, folder)
+        pipe = open_base(whole.base_dir, settings, {})
+        if whole.checkpoint_dir is not None:
+            LOADERS[whole.card.kind](pipe, whole.checkpoint_dir)
     return pipe
 
 
@@ -76,9 +80,9 @@ def _differences(pipe: Pipe, weights: CheckpointWeights, components: list[str]) 
                 yield f"{component}.{name} by {error:.2g}"
 
 
-def _dropped(folder: Path) -> str:
+def _dropped(folder: Path | None) -> str:
     """What diffusers 0.42.1 is known to leave out of a file without an error; '' when nothing."""
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
         shapes = read_header(file).shapes
         if lost := foreign_lengths(shapes):
             return f"drops the lengths of this DoRA ({lost[0]})"

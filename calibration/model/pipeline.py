@@ -28,6 +28,7 @@ from personalq.architecture import SECOND_ENCODER
 from personalq.cards.card import Card
 from personalq.errors import PersonalQError, RepositoryError
 from personalq.repository import Repository
+from personalq.repository.results import Whole
 from personalq.repository.settings import Settings, read_settings
 from personalq.scheduler import DDIM_FIELDS, NOISY, BaseScheduler
 from personalq.weights.checkpoint import CheckpointWeights, ComponentWeights, open_weights
@@ -40,19 +41,26 @@ OPTIONS: dict[type[Pipe], dict[str, Any]] = {
     StableDiffusionXLPipeline: {"add_watermarker": False},
 }
 TEXT_MODELS = {"text_encoder": CLIPTextModel, SECOND_ENCODER: CLIPTextModelWithProjection}
+MODELS = "the models of its base's configs"
 LATENT_MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 
 
 def load_pipeline(repository: Repository, card: Card, device: str = "cpu") -> Pipe:
-    """The checkpoint's FP32 pipeline with a DDIM scheduler, its delta merged by the reader. Raises RepositoryError."""
-    base_dir = repository.base_dir(card)
-    checkpoint_dir = repository.checkpoint_dir(card.id)
-    weights, settings = open_weights(base_dir, checkpoint_dir, card.kind), read_settings(base_dir, checkpoint_dir)
-    with quiet_libraries(), one_line(card.id, "the models of its base's configs"):
-        models = {name: _model(name, config, weights.component(name)) for name, config in settings.configs.items()}
-        pipe = open_base(base_dir, settings, models)
-        _add_tokens(pipe, weights)
+    """The checkpoint's (or base's) FP32 pipeline with a DDIM scheduler, a delta merged by the reader. Raises RepositoryError."""
+    whole = repository.whole(card.id)
+    weights, settings = opened(whole)
+    with quiet_libraries(), one_line(card.id, MODELS):
+        models = {name: model_of(name, config, weights.component(name)) for name, config in settings.configs.items()}
+        pipe = open_base(whole.base_dir, settings, models)
+        for name in settings.tokenizers:
+            add_tokens(getattr(pipe, name), weights)
     return pipe.to(device)
+
+
+def opened(whole: Whole) -> tuple[CheckpointWeights, Settings]:
+    """What a checkpoint's files say: only headers and configs are read. Raises RepositoryError."""
+    weights = open_weights(whole.base_dir, whole.checkpoint_dir, whole.card.kind)
+    return weights, read_settings(whole.base_dir, whole.checkpoint_dir)
 
 
 def open_base(base_dir: Path, settings: Settings, models: dict[str, nn.Module]) -> Pipe:
@@ -112,7 +120,7 @@ def one_line(where: str, wanted: str) -> Iterator[None]:
         ) from error
 
 
-def _model(component: str, config: dict[str, Any], weights: ComponentWeights) -> nn.Module:
+def model_of(component: str, config: dict[str, Any], weights: ComponentWeights) -> nn.Module:
     """A model of the base's config with the reader's parameters, every one of them and no other."""
     with init_empty_weights(include_buffers=False):
         if component in TEXT_MODELS:
@@ -125,12 +133,12 @@ def _model(component: str, config: dict[str, Any], weights: ComponentWeights) ->
     return model.eval()
 
 
-def _add_tokens(pipe: Pipe, weights: CheckpointWeights) -> None:
-    """Teach every tokenizer the learned tokens; their rows are in the text encoders already."""
-    pieces = weights.pieces()
-    for tokenizer in filter(None, (pipe.tokenizer, getattr(pipe, "tokenizer_2", None))) if pieces else ():
+def add_tokens(tokenizer: CLIPTokenizer, weights: CheckpointWeights) -> CLIPTokenizer:
+    """Teach a tokenizer the learned tokens; their rows are in the text encoders already."""
+    if pieces := weights.pieces():
         tokenizer.add_tokens(pieces)
         weights.check_ids(tokenizer.convert_tokens_to_ids)
+    return tokenizer
 
 
 def quantisable_layers(unet: nn.Module) -> dict[str, nn.Module]:

@@ -61,7 +61,7 @@ def is_current(path: Path, checkpoint_sha256: str, scheduler: BaseScheduler) -> 
 
 def write_reference(
     pipe: Pipe,
-    card: Card,
+    prompts: list[str],
     path: Path,
     *,
     scheduler: BaseScheduler,
@@ -72,9 +72,10 @@ def write_reference(
 ) -> None:
     """Run every part of the pipeline in FP32 and write inputs and outputs to `path` (safetensors, atomically).
 
+    prompts: no prompt, then at least two, see golden_prompts.
+
     Pictures are drawn as the base's scheduler draws; single steps are DDIM's, which remembers nothing.
     """
-    prompts = golden_prompts(card)
     ids, told = encode(pipe, prompts)
     generator = np.random.default_rng(7)
     side, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels

@@ -47,7 +47,8 @@ def tune_decisions(
 ) -> tuple[Tensors, tuple[str, ...]]:
     """New integers and scales of the weights, and `<parameter>.tuned` for every bias and norm of the UNet.
 
-    For rules without balance or low-rank branch: integers are tuned towards the checkpoint's own weights.
+    For rules without balance or low-rank branch: integers are tuned towards the weights that are loaded. A base's teacher is
+    its own FP32 UNet, at the states and texts that its checkpoints cause: what they change is added to both sides at run time.
     """
     rounded = rounded_layers(evidence, layers, tensors)
     harm = harm_by_time(evidence, rounded)
@@ -56,7 +57,7 @@ def tune_decisions(
         rounded,
         evidence.lessons,
         evidence.recipe.guidance,
-        counts=torch.tensor([harm[float(t)] for t in evidence.lessons.timestep[::2]]),
+        counts=torch.tensor([at_time(harm, float(t)) for t in evidence.lessons.timestep[::2]]),
         weighting=weighting,
         progress=lambda done: evidence.progress("tuning", done),
     )
@@ -64,6 +65,11 @@ def tune_decisions(
     values = {f"{name}.tuned": value.numpy() for name, value in found.values.items()}
     integers = {f"{name}.weight_q": q.to(torch.int8).numpy() for name, q in found.integers.items()}
     return {**integers, **scales, **values}, tuple(sorted(found.values))
+
+
+def at_time(harm: Mapping[float, float], timestep: float) -> float:
+    """The harm at a time step, or at the nearest: a checkpoint with a schedule of its own takes other steps than its base."""
+    return harm[min(harm, key=lambda known: abs(known - timestep))]
 
 
 def correct(evidence: Evidence, layers: Mapping[str, LayerSpec], tensors: Tensors) -> Tensors:

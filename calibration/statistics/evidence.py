@@ -1,11 +1,15 @@
 """Everything calibration learns from running one checkpoint; each part is computed when a policy first asks for it.
 
+A base is run as it is, and as each of its checkpoints makes it: the parts of a recipe. Ranges, rows and second moments are
+over all of them. What is decided, and what sensitivity and tuning compare with, are the weights that are loaded: a base's own,
+at the states that its checkpoints cause.
+
 One pass over the seeded prompts (all steps, both halves of guidance) gives ranges, text rows, attention mass and the
 points for sensitivity. Hessians take a second pass. Nothing here depends on a policy, so policies share it.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,15 +40,29 @@ Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How the model was run: prompts with the ids that matter, steps, guidance, seed."""
+class Part:
+    """Prompts with the ids that matter in them. checkpoint: whose they are, '' for what is loaded; sha256: its weights'."""
 
     prompts: tuple[str, ...]
-    trigger: tuple[tuple[int, ...], ...]
-    class_noun: tuple[tuple[int, ...], ...]
+    trigger: tuple[tuple[int, ...], ...] = ()
+    class_noun: tuple[tuple[int, ...], ...] = ()
+    checkpoint: str = ""
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the model was run: its parts, steps, guidance, seed."""
+
+    parts: tuple[Part, ...]
     steps: int
     guidance: float
     seed: int
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Those of all parts."""
+        return tuple(prompt for part in self.parts for prompt in part.prompts)
 
 
 @dataclass
@@ -61,13 +79,15 @@ class Observation:
 class Evidence:
     """pipe: the FP32 pipeline with the delta loaded; the parts below are computed once.
 
-    saved: where an observation is kept between runs. checkpoint_sha256: of the weights that are loaded.
+    dress: puts a part's checkpoint on the pipe while it runs. saved: where an observation is kept between runs.
+    checkpoint_sha256: of the weights that are loaded.
     decided: a cache of the decisions made from it so far (calibration.decide).
     """
 
     pipe: Pipe
     recipe: Recipe
     progress: Progress = field(default=lambda text, done: None)
+    dress: Callable[[str], AbstractContextManager[Any]] = lambda checkpoint: nullcontext()
     saved: Path | None = None
     checkpoint_sha256: str = ""
     decided: dict[Any, Any] = field(default_factory=dict)
@@ -118,20 +138,26 @@ class Evidence:
         """'plain' and 'trigger' (pixels weighted by where the trigger attends) -> layer -> X^T X."""
         return collect_hessians(self)
 
-    def _denoise(self, start: Callable[[int], None]) -> None:
+    def _denoise(self, start: Callable[[Part, str], None]) -> None:
+        index, total = 0, len(self.recipe.prompts)
+        for part in self.recipe.parts:
+            with self.dress(part.checkpoint) if part.checkpoint else nullcontext(), torch.no_grad():
+                for prompt in part.prompts:
+                    self.progress("collecting statistics", index / total)
+                    start(part, prompt)
+                    self._draw(prompt, index)
+                    index += 1
+
+    def _draw(self, prompt: str, index: int) -> None:
         recipe = self.recipe
-        with torch.no_grad():
-            for index, prompt in enumerate(recipe.prompts):
-                self.progress("collecting statistics", index / len(recipe.prompts))
-                start(index)
-                noise = torch.from_numpy(start_noise(self.pipe, recipe.seed * 1000 + 100 + index))[None]
-                self.pipe(
-                    prompt,
-                    num_inference_steps=recipe.steps,
-                    guidance_scale=recipe.guidance,
-                    latents=noise,
-                    output_type="latent",
-                )
+        noise = torch.from_numpy(start_noise(self.pipe, recipe.seed * 1000 + 100 + index))[None]
+        self.pipe(
+            prompt,
+            num_inference_steps=recipe.steps,
+            guidance_scale=recipe.guidance,
+            latents=noise,
+            output_type="latent",
+        )
 
 
 class Watcher:
@@ -146,16 +172,19 @@ class Watcher:
         side = evidence.pipe.unet.config.sample_size
         self.map, self.kept = TriggerMap(side), []
         self.weights: Tensor | None = None
+        self.part: Part | None = None
         total = len(evidence.recipe.prompts) * evidence.recipe.steps
         self.wanted = set(np.linspace(0, total - 1, n_points).astype(int).tolist())
 
-    def start(self, index: int) -> None:
+    def start(self, part: Part, prompt: str) -> None:
         """Start a prompt: record its rows and the classes of its tokens."""
-        recipe, pipe = self.evidence.recipe, self.evidence.pipe
-        ids, told = encode(pipe, ["", recipe.prompts[index]])
+        pipe = self.evidence.pipe
+        self.weights = self.weights if part is self.part else None  # another checkpoint's trigger weighs nothing here
+        self.part = part
+        ids, told = encode(pipe, ["", prompt])
         eos = pipe.tokenizer.eos_token_id
-        self.classes = [row_classes(row.tolist(), recipe.trigger, recipe.class_noun, eos) for row in ids]
-        self.columns = [[i for s in recipe.trigger for i in find_sequence(row.tolist(), s)] for row in ids]
+        self.classes = [row_classes(row.tolist(), part.trigger, part.class_noun, eos) for row in ids]
+        self.columns = [[i for s in part.trigger for i in find_sequence(row.tolist(), s)] for row in ids]
         rows = packed_rows(pipe.unet, told.text).numpy()
         self.rows.add_rows(rows[1], self.classes[1])
 

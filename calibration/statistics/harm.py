@@ -42,12 +42,13 @@ def harm_by_time(evidence: Evidence, rounded: Mapping[str, Rounded]) -> dict[flo
     """Time step -> squared error of the final latents per squared error of the guided predictions made around it.
 
     The schedule is cut into PARTS, the last step by itself; in one part at a time the quantised UNet predicts, FP32 in all
-    others. Medians over PROMPTS prompts, because a picture that changes completely says nothing about the part.
+    others. Medians over PROMPTS prompts of what is loaded, because a picture that changes completely says nothing about the
+    part.
     """
     pipe, recipe = evidence.pipe, evidence.recipe
     pipe.scheduler.set_timesteps(recipe.steps)
     times = list(pipe.scheduler.timesteps)
-    chosen = recipe.prompts[:PROMPTS]
+    chosen = recipe.parts[0].prompts[:PROMPTS]
     weights = {f"{name}.weight": layer.weight() for name, layer in rounded.items()}
     sampler = Sampler(evidence, rounded, weights, encode_guided(pipe, list(chosen)))
     found: dict[float, float] = {}

@@ -12,12 +12,14 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from personalq.bundle import BranchPlace
 from personalq.numerics import QTYPES, quantize
 from personalq.spec import LayerSpec, SpecFile
 
 from ..external_data import Array, StoredTensor, as_float
 from .passes.adjust import add_low_rank, balance, correct_prediction
 from .passes.attention import fuse_attention
+from .passes.branches import Branches, add_branches
 from .passes.layers import LayerNode, layers_of, split_gemms
 from .passes.nodes import Builder, add_initializer
 from .passes.rows import assemble_rows
@@ -28,23 +30,30 @@ STORAGE = {"float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT}
 
 @dataclass
 class Lowered:
-    """A graph ready to be written, the tensors it needs, and what became of each layer."""
+    """A graph ready to be written, the tensors it needs, what became of each layer, and which ones take an adapter."""
 
     model: ir.Model
     tensors: list[StoredTensor]
     census: dict[str, int] = field(default_factory=dict)
     unquantised: dict[str, str] = field(default_factory=dict)
+    places: dict[str, BranchPlace] = field(default_factory=dict)
 
 
-def lower_unet(model: ir.Model, spec_file: SpecFile, entrance: Callable[[ir.Model], None] | None = None) -> Lowered:
+def lower_unet(
+    model: ir.Model,
+    spec_file: SpecFile,
+    entrance: Callable[[ir.Model], None] | None = None,
+    branches: Branches | None = None,
+) -> Lowered:
     """Apply a spec to the family's UNet graph (edited in place). Raises SpecError when the two do not fit.
 
     entrance: what takes the place of the input `rows`; None: text rows in storage form, or `rows` itself in a reference.
+    branches: which layers take an adapter; None: it is merged.
     """
     spec = spec_file.spec
     split_gemms(model)
     layers = layers_of(model, spec)
-    lowered = Lowered(model, [])
+    lowered = Lowered(model, [], places=branches.places(layers) if branches else {})
     quantised: Quantised = {}
     for name, layer in layers.items():
         decision = spec.layers[name]
@@ -60,6 +69,8 @@ def lower_unet(model: ir.Model, spec_file: SpecFile, entrance: Callable[[ir.Mode
         assemble_rows(model, spec.rows.layers, spec.rows.kept.slots)
     if not spec.is_float:  # the reference stays as it was traced
         fuse_attention(model)
+    if branches is not None:
+        add_branches(model, layers, lowered.places, branches)
     if spec.corrected:
         correct_prediction(model, spec_file.tensors["correction.gain"], spec_file.tensors["correction.mean"])
     RemoveUnusedNodesPass()(model)

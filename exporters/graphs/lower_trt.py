@@ -16,6 +16,7 @@ from ..external_data import Array, StoredTensor, as_float
 from .census import count, layer_kinds, require_equal
 from .lower_ort import STORAGE, Lowered, integer_weight, tuned
 from .passes.adjust import add_low_rank, balance, correct_prediction
+from .passes.branches import Branches, add_branches
 from .passes.half import HALF, to_half
 from .passes.layers import LayerNode, layers_of, split_gemms
 from .passes.nodes import Builder, add_initializer
@@ -27,9 +28,10 @@ BLOCKS = (128, 64, 80, 32, 16)
 Quantised = dict[tuple[ir.Value, float], ir.Value]  # (value, scale) -> its dequantised int8 form
 
 
-def lower_unet_trt(model: ir.Model, spec_file: SpecFile) -> Lowered:
+def lower_unet_trt(model: ir.Model, spec_file: SpecFile, rank: int = 0) -> Lowered:
     """Apply a spec to the family's UNet graph (edited in place). Raises SpecError when the two do not fit.
 
+    rank: of the adapters that the layers of `branches.NARROW` take; 0: none. Shapes are static in a plan, so it is one number.
     Ensures: opset 21, only float16 and int8/int4 arithmetic (float32 for a float32 reference), and the spec's census.
     """
     spec = spec_file.spec
@@ -43,7 +45,8 @@ def lower_unet_trt(model: ir.Model, spec_file: SpecFile) -> Lowered:
     if not spec.is_float:
         assemble_rows(model, spec.rows.layers, spec.rows.kept.slots, dtype)
     units = _units(layers, spec_file)
-    lowered, quantised = Lowered(model, []), Quantised()
+    branches = Branches(rank=rank, is_dequantised=True)
+    lowered, quantised = Lowered(model, [], places=branches.places(layers) if rank else {}), Quantised()
     for name, layer in layers.items():
         layer.node.name = name
         decision = spec.layers[name]
@@ -52,6 +55,7 @@ def lower_unet_trt(model: ir.Model, spec_file: SpecFile) -> Lowered:
             continue
         quantise = _Layer(Builder(model.graph, name), layer, decision, spec_file.tensors, dtype)
         lowered.tensors += quantise.run(quantised, units.get(name))
+    add_branches(model, layers, lowered.places, branches, dtype)
     if spec.corrected:  # float32, after the float16 prediction
         correct_prediction(model, spec_file.tensors["correction.gain"], spec_file.tensors["correction.mean"])
     RemoveUnusedNodesPass()(model)

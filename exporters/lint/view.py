@@ -77,6 +77,12 @@ class View:
         """True when nothing that is computed at run time enters it."""
         return value is None or value in self._constants
 
+    def is_input(self, value: ir.Value | None) -> bool:
+        """True when a value is one of the graph's inputs, or only moved."""
+        while (made := self.producer(value, *MOVES)) is not None:
+            value = made.inputs[0]
+        return value is not None and value.is_graph_input()
+
     def shape(self, value: ir.Value) -> tuple[int, ...] | None:
         tensor = value.const_value if value.is_initializer() else None
         return tuple(int(n) for n in tensor.shape.numpy()) if tensor is not None else None

@@ -87,7 +87,11 @@ def _from_product(view: View, value: ir.Value) -> bool:
 
 
 def _attention_products(view: View) -> Iterator[ir.Node]:
-    return (node for node in view.nodes("MatMul") if view.weight(node) is None)
+    """Products of two computed values. One that is fed, as an adapter's matrices are, makes another product of it."""
+    for node in view.nodes("MatMul"):
+        fed = [view.is_input(value) for value in node.inputs]
+        if view.weight(node) is None and fed in ([False, False], [True, True]):
+            yield node
 
 
 def quantised_attention(view: View) -> Iterator[Problem]:

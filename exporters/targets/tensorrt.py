@@ -113,14 +113,15 @@ def plan_parts(manifest: Manifest, target: str, settings: BuildSettings, version
     return {"target": target, "version": version, "device": device, **files, **shapes, **chosen}
 
 
-def graph_shapes(bundle: Path, settings: BuildSettings) -> Shapes:
-    """(min, opt, max) of every input of a bundle's unet.trt.onnx that has open sides, whatever its architecture."""
-    return with_other_inputs(input_shapes(read_manifest(bundle), settings), ir.load(bundle / GRAPH), settings)
+def graph_shapes(bundle: Path, settings: BuildSettings, graph: str = GRAPH) -> Shapes:
+    """(min, opt, max) of every input of one of a bundle's `trt` graphs that has open sides, whatever its architecture."""
+    return with_other_inputs(input_shapes(read_manifest(bundle), settings), ir.load(bundle / graph), settings)
 
 
 def with_other_inputs(shapes: Shapes, model: ir.Model, settings: BuildSettings) -> Shapes:
-    """`shapes`, and those of inputs that only some architectures have (SDXL's text_embeds, time_ids): open in their batch.
+    """`shapes`, and those of inputs that only some graphs have: open in their batch.
 
+    SDXL's text_embeds and time_ids, and an adapter's, of which each picture then has its own.
     Raises EngineError for an input whose other sides are open too.
     """
     found = dict(shapes)

@@ -49,6 +49,13 @@ class Branch:
     def rank(self) -> int:
         return int(self.up.shape[1] if self.is_conv else self.up.shape[0])
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of the layer's weight: (N, K) or (N, C, kh, kw)."""
+        if self.is_conv:
+            return (self.up.shape[0], *self.down.shape[1:])
+        return (self.up.shape[1], self.down.shape[0])
+
     def change(self) -> Float:
         """What is added to the layer's weight, float32: (N, K) or (N, C, kh, kw)."""
         down, up = self.down.astype(np.float32), self.up.astype(np.float32)

@@ -1,15 +1,17 @@
 """A request in words to a picture: Check-in picks the checkpoint and writes the prompt, its best engine draws it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from personalq.errors import CheckinError
 from personalq.repository import Repository
 
 from ..engines.engine import open_engine
 from ..store import Store
+from .choosing import Asked, read_asked, what_draws, with_tags
 from .image import write_png
 from .pipeline import Picture, Pipeline, Settings
 
@@ -20,7 +22,8 @@ Progress = Callable[[str, float], None]
 class Generated:
     """One picture and how it came to be. seconds: all of it; seconds_per_step: the denoising loop alone.
 
-    warnings: what was not used of the prompts, or not as written; on stderr they stand too, as what is logged.
+    adapters: [{"id", "strength"}] attached to the base's engine, none in form 'merged'. warnings: what was not used of the
+    prompts or adapters, or not as written; on stderr they stand too, as what is logged.
     """
 
     checkpoint: str
@@ -29,20 +32,27 @@ class Generated:
     sampler: str
     engine: str
     fallback_reason: str
+    form: str
     seconds: float
     seconds_per_step: float
+    adapters: list[dict[str, Any]] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is drawn besides the request. checkpoint: '' lets Check-in pick it."""
+    """What is drawn besides the request. checkpoint: '' lets Check-in pick it, unless adapters are named.
+
+    adapters: 'ID', 'FILE', each with ':STRENGTH' or without. on: a base, in place of the checkpoint's own.
+    """
 
     checkpoint: str = ""
     target: str = "onnxruntime"
     seed: int = 0
     negative_prompt: str = ""
     settings: Settings = field(default_factory=Settings)
+    adapters: tuple[str, ...] = ()
+    on: str = ""
 
 
 def generate(
@@ -52,18 +62,22 @@ def generate(
     order: Order | None = None,
     progress: Progress = lambda text, done: None,
 ) -> Generated:
-    """Draw `request` into the PNG file `out`. When the order names a checkpoint, Check-in only writes its prompt.
+    """Draw `request` into the PNG file `out`. When the order names a checkpoint or adapters, Check-in only writes the prompt.
 
     Raises CheckinError when no checkpoint fits or a question is open, EngineError when there is no bundle.
     """
     started, order = time.perf_counter(), order or Order()
+    asked = [read_asked(one) for one in order.adapters]
     progress("asking Check-in", 0.0)
-    checkpoint_id, prompt = (
-        named(repository, order.checkpoint, request) if order.checkpoint else choose(repository, request)
+    checkpoint_id, prompt = _chosen(repository, request, order, asked)
+    wanted = [Asked(checkpoint_id), *asked] if checkpoint_id else asked
+    drawn = what_draws(
+        repository, Store(repository.root), with_tags(wanted, prompt, _names(repository)), order.on, order.target
     )
-    found = Store(repository.root).find(checkpoint_id, order.target)
     progress("opening the engine", 0.05)
-    pipeline = Pipeline(open_engine(found.engine_name, found.bundle))
+    found = drawn.found
+    engine = open_engine(found.engine_name, found.bundle)
+    pipeline = Pipeline(engine, drawn.chosen, on_any_base=drawn.on_any_base)
     begun, latents, n_steps = time.perf_counter(), None, 0
     picture = Picture(prompt, order.negative_prompt, order.seed)
     warnings = pipeline.warnings(picture)
@@ -75,21 +89,51 @@ def generate(
     write_png(out, pipeline.decode(latents[0]))
     seconds = time.perf_counter() - started
     return Generated(
-        checkpoint=checkpoint_id,
+        checkpoint=checkpoint_id or pipeline.manifest.checkpoint.id,
         prompt=prompt,
         image=str(out),
         sampler=order.settings.sampler or pipeline.schedule.sampler,
         engine=found.engine_name,
         fallback_reason=found.fallback_reason,
+        form=drawn.form,
         seconds=round(seconds, 3),
         seconds_per_step=round(per_step, 4),
+        adapters=[{"id": one.id, "strength": one.strength} for one in drawn.chosen],
         warnings=warnings,
     )
 
 
-def order_of(*, checkpoint: str, target: str, seed: int, steps: int | None, sampler: str | None) -> Order:
+def order_of(
+    *,
+    checkpoint: str,
+    target: str,
+    seed: int,
+    steps: int | None,
+    sampler: str | None,
+    adapters: tuple[str, ...] = (),
+    on: str = "",
+) -> Order:
     """The order that the options of `personalq generate` make."""
-    return Order(checkpoint, target, seed, settings=Settings(steps=steps, sampler=sampler))
+    return Order(checkpoint, target, seed, settings=Settings(steps=steps, sampler=sampler), adapters=adapters, on=on)
+
+
+def _chosen(repository: Repository, request: str, order: Order, asked: Sequence[Asked]) -> tuple[str, str]:
+    """The checkpoint ('' for adapters alone) and the prompt, with the trigger of everything that is named by its id."""
+    if not order.checkpoint and not asked:
+        return choose(repository, request)
+    named_ids = [order.checkpoint] if order.checkpoint else []
+    prompt = request
+    for id_ in [*named_ids, *(one.name for one in asked if not one.is_file)]:
+        prompt = named(repository, id_, prompt)[1]
+    return (repository.card(order.checkpoint).id if order.checkpoint else "", prompt)
+
+
+def _names(repository: Repository) -> dict[str, str]:
+    """What <lora:NAME:...> may call each checkpoint with weights: its id or its name, casefolded -> its id."""
+    cards = repository.cards()
+    return {card.name.casefold(): card.id for card in cards if card.name} | {
+        card.id.casefold(): card.id for card in cards
+    }
 
 
 def named(repository: Repository, checkpoint: str, request: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from personalq.prompts import Prompt
 from personalq.rows import Ids
 
 from ..engines.engine import Array, Conditioning, Denoiser, Engine, TextEmbeds
+from .attaching import Chosen, Wearing
 from .image import Image
 from .prompter import Prompter, PromptRows
 from .samplers import Plan, Trail, plan_steps, predict, sampler_named
@@ -64,10 +65,22 @@ def start_noise(seed: int, shape: tuple[int, ...]) -> Array:
 class Pipeline:
     """Draws pictures with one engine. Caches the rows of the last prompts, and those of the empty prompt."""
 
-    def __init__(self, engine: Engine, *, cached_prompts: int = 16) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        adapters: Sequence[Chosen] = (),
+        *,
+        on_any_base: bool = False,
+        cached_prompts: int = 16,
+    ) -> None:
+        """adapters: attached to a base's engine; the first one says how is drawn. on_any_base: also those made for other weights.
+
+        Raises EngineError for adapters that do not fit the engine, or each other.
+        """
         self.engine = engine
-        self.manifest = engine.manifest
-        self.prompts = Prompter(engine, cached_prompts)
+        self.wearing = Wearing(engine.manifest, engine.bundle, adapters, on_any_base=on_any_base)
+        self.manifest = self.wearing.manifest
+        self.prompts = Prompter(engine, self.wearing, cached_prompts)
         self.tokenizer, self.second_tokenizer = self.prompts.tokenizer, self.prompts.second_tokenizer
         self.schedule = schedule_from_config(self.manifest.scheduler)
 
@@ -84,7 +97,8 @@ class Pipeline:
         Raises PromptError when one cannot be drawn.
         """
         asked = {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt}
-        return tuple(f"{name}: {text}" for name, prompt in asked.items() for text in self.prompts.read(prompt).warnings)
+        told = [f"{name}: {text}" for name, prompt in asked.items() for text in self.prompts.read(prompt).warnings]
+        return (*self.wearing.warnings, *told)
 
     def embed(self, texts: Sequence[str]) -> TextEmbeds:
         """Texts as they stand, brackets and all -> their embeddings, one chunk each."""
@@ -142,7 +156,11 @@ class Pipeline:
     def _denoiser(self, halves: list[PromptRows], height: int, width: int) -> Denoiser:
         """The UNet for a batch of prompts, those of one length at a time."""
         groups = [[i for i, half in enumerate(halves) if half.n_rows == n] for n in sorted({h.n_rows for h in halves})]
-        bound = [(group, self.engine.denoiser(_batch([halves[i] for i in group]), height, width)) for group in groups]
+        attached = self.wearing.attached
+        bound = [
+            (group, self.engine.denoiser(_batch([halves[i] for i in group]), height, width, attached))
+            for group in groups
+        ]
         if len(bound) == 1:
             return bound[0][1]
 

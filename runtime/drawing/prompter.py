@@ -14,9 +14,9 @@ from personalq.chunks import Chunks
 from personalq.errors import PromptError
 from personalq.prompts import Prompt, read_prompt, refuse_faults
 from personalq.rows import Ids, find_sequence, kept_index, kept_positions, row_index
-from personalq.tokens import Tokenizer
 
-from ..engines.engine import SECOND_TOKENIZER, TOKENIZER, UNET_INPUTS, Array, Conditioning, Engine, TextEmbeds
+from ..engines.engine import UNET_INPUTS, Array, Conditioning, Engine, TextEmbeds
+from .attaching import Wearing
 from .emphasis import emphasised
 
 logger = logging.getLogger("personalq.runtime")
@@ -54,20 +54,14 @@ class Reading:
 
 
 class Prompter:
-    """Reads prompts for one engine. Keeps the rows of the last ones, and those of the empty prompt, computed."""
+    """Reads prompts for one engine and its adapters. Keeps the rows of the last ones, and those of the empty prompt."""
 
-    def __init__(self, engine: Engine, cached_prompts: int) -> None:
-        self.engine, self.manifest = engine, engine.manifest
-        text = self.manifest.text
-        self.tokenizer = Tokenizer(engine.bundle / TOKENIZER, text)
-        self.second_tokenizer: Tokenizer | None = None
-        if text.second_pad_id is not None:
-            padded = text.model_copy(update={"pad_id": text.second_pad_id})
-            self.second_tokenizer = Tokenizer(engine.bundle / SECOND_TOKENIZER, padded)
+    def __init__(self, engine: Engine, wearing: Wearing, cached_prompts: int) -> None:
+        self.engine, self.wearing, self.manifest = engine, wearing, wearing.manifest
+        self.tokenizer, self.second_tokenizer = wearing.tokenizers()
         self.most_chunks = MOST_CHUNKS if engine.takes_chunks else 1
-        checkpoint = self.manifest.checkpoint
-        self._names = (checkpoint.id, checkpoint.name, *checkpoint.files)
-        self._triggers = tuple(self.tokenizer.token_ids(trigger) for trigger in checkpoint.trigger)
+        self._triggers = tuple(self.tokenizer.token_ids(trigger) for trigger in self.manifest.checkpoint.trigger)
+        text = self.manifest.text
         self.cached = Recent(cached_prompts, text.length)
         self._nothing: PromptRows | None = None
 
@@ -75,7 +69,7 @@ class Prompter:
         """Read a prompt without encoding it. Raises PromptError for one that cannot be drawn, or whose trigger is cut."""
         if isinstance(prompt, str):
             prompt = read_prompt(prompt, self.manifest.checkpoint.trigger)
-        refuse_faults(prompt, self._names)
+        refuse_faults(prompt, self.wearing.strengths, is_attached=bool(self.wearing.chosen))
         first, second = self._chunks(prompt)
         self._check_cut(first)
         warnings = list(prompt.warnings)
@@ -111,7 +105,7 @@ class Prompter:
 
     def embed(self, texts: Sequence[str]) -> TextEmbeds:
         """Texts as they stand, brackets and all -> their embeddings, one chunk each."""
-        return self.engine.encode(*self.token_ids(texts))
+        return self.engine.encode(*self.token_ids(texts), self.wearing.attached)
 
     def token_ids(self, texts: Sequence[str]) -> tuple[Ids, Ids | None]:
         """Texts as they stand -> ids (B,77) of the first tokenizer, and of SDXL's second one."""
@@ -124,7 +118,7 @@ class Prompter:
         """Token ids (77n,) and their embeddings (a batch of one: 77n rows) -> rows."""
         rows, text = self.manifest.rows, self.manifest.text
         positions = kept_positions(ids, rows.kept, text.eos_id, text.length) if rows.form == "split" else ()
-        made = self.engine.text_rows(embeds.states, kept_index(positions, rows.kept.slots)[None])
+        made = self.engine.text_rows(embeds.states, kept_index(positions, rows.kept.slots)[None], self.wearing.attached)
         made["row_index"] = row_index(positions, len(ids))[None]
         conditioning = {name: made[name] for name in UNET_INPUTS[rows.form]}
         if embeds.pooled is not None:
@@ -133,7 +127,7 @@ class Prompter:
 
     def _rows_of(self, reading: Reading) -> PromptRows:
         first, second = reading.first, reading.second
-        embeds = self.engine.encode(first.ids, None if second is None else second.ids)
+        embeds = self.engine.encode(first.ids, None if second is None else second.ids, self.wearing.attached)
         weights = [chunks.weights for chunks in (first, second) if chunks is not None]
         states = emphasised(embeds.states, weights, embeds.widths)
         pooled = None if embeds.pooled is None else embeds.pooled[:1]  # the first chunk's, as compel takes it

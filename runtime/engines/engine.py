@@ -13,9 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from personalq.bundle import Manifest, file_sha256, inside
+from personalq.bundle import FileEntry, Manifest, file_sha256, inside
 from personalq.errors import BundleError, EngineError
 from personalq.rows import Ids
+
+from .attached import PLAIN, Attached
 
 Array = npt.NDArray[np.float32]
 # The UNet's inputs for the prompts of a batch, by input name. Form 'split': rest int8 (B,77,R), rest_scale
@@ -28,7 +30,7 @@ Denoiser = Callable[[Array, float], Array]
 SIZE_INPUTS = ("text_embeds", "time_ids")  # SDXL's UNet also takes the pooled text (B,P) and the picture's size (B,6)
 UNET_INPUTS = {"split": ("rest", "rest_scale", "kept", "row_index"), "full": ("rows",)}
 ROWS_OUTPUTS = {"split": ("rows", "rest", "rest_scale", "kept"), "full": ("rows",)}
-LOWERING = "ort"
+LOWERING, WIDE = "ort", "ort_wide"
 TOKENIZER = "tokenizer.json"
 SECOND_TOKENIZER = "tokenizer_2.json"  # SDXL: pads with another token, which also splits words differently
 
@@ -72,17 +74,17 @@ class Engine(Protocol):
     def takes_chunks(self) -> bool:
         """Whether a prompt may have any number of chunks; else it has one."""
 
-    def encode(self, ids: Ids, second: Ids | None = None) -> TextEmbeds:
+    def encode(self, ids: Ids, second: Ids | None = None, attached: Attached = PLAIN) -> TextEmbeds:
         """ids (B,77) int64 -> text embeddings (B,77,C) float32, and SDXL's pooled text (B,P).
 
         second (B,77): the same prompts as SDXL's second tokenizer gives them; needed when the bundle has one.
         """
 
-    def text_rows(self, text_embeds: Array, kept_index: Ids) -> dict[str, npt.NDArray[Any]]:
+    def text_rows(self, text_embeds: Array, kept_index: Ids, attached: Attached = PLAIN) -> dict[str, npt.NDArray[Any]]:
         """text_embeds (B,77n,C), kept_index (B,S) -> rows float32 (B,77n,R) and, form 'split', rest, rest_scale, kept."""
 
-    def denoiser(self, conditioning: Conditioning, height: int, width: int) -> Denoiser:
-        """Bind the prompts of a batch once -> the UNet as a function, for latents (B,4,height,width)."""
+    def denoiser(self, conditioning: Conditioning, height: int, width: int, attached: Attached = PLAIN) -> Denoiser:
+        """Bind the prompts of a batch, and what is attached, once -> the UNet as a function, for latents (B,4,height,width)."""
 
     def decode(self, latent: Array) -> Array:
         """latent (B,4,h,w) float32, already divided by scaling_factor -> image (B,3,H,W) in -1..1."""
@@ -92,8 +94,13 @@ class Engine(Protocol):
 
 
 def unet_inputs(manifest: Manifest) -> tuple[str, ...]:
-    """The names of the UNet's inputs besides latents and time step."""
+    """The names of the UNet's inputs besides latents, time step and adapters."""
     return UNET_INPUTS[manifest.rows.form] + (SIZE_INPUTS if manifest.graphs.text_encoder_2 else ())
+
+
+def adapter_inputs(manifest: Manifest, graph: str, *, is_wide: bool = False) -> tuple[str, ...]:
+    """The names of a graph's inputs for adapters; none where the bundle is of one checkpoint."""
+    return tuple(PLAIN.feed(manifest.adapters, graph, is_wide=is_wide))
 
 
 def unet_feed(manifest: Manifest, conditioning: Conditioning, height: int, width: int) -> Conditioning:
@@ -126,27 +133,27 @@ def open_engine(name: str, bundle: Path, threads: int | None = None) -> Engine:
     return engine
 
 
-def unet_file(manifest: Manifest) -> str:
+def unet_file(manifest: Manifest, lowering: str = LOWERING) -> str:
     """The UNet graph for ONNX Runtime. Raises EngineError when the bundle was exported without it."""
-    if LOWERING not in manifest.graphs.unet:
+    if lowering not in manifest.graphs.unet:
         have = ", ".join(sorted(manifest.graphs.unet)) or "none"
         raise EngineError(
-            f"bundle {manifest.key[:12]}: must hold a UNet for '{LOWERING}', got {have}; "
+            f"bundle {manifest.key[:12]}: must hold a UNet for '{lowering}', got {have}; "
             f"run 'personalq export {manifest.checkpoint.id} --target onnxruntime'"
         )
-    return manifest.graphs.unet[LOWERING]
+    return manifest.graphs.unet[lowering]
 
 
 _checked: set[tuple[str, int, int, str]] = set()
 _checked_lock = threading.Lock()
 
 
-def check_bytes(bundle: Path, manifest: Manifest) -> None:
-    """Check every file's size, and its sha256 once per process (again when the file was touched).
+def check_bytes(bundle: Path, files: Mapping[str, FileEntry]) -> None:
+    """Check the size of every file of a manifest, and its sha256 once per process (again when the file was touched).
 
     Raises EngineError when a file is missing, BundleError when its bytes are not those that were exported.
     """
-    for name, entry in manifest.files.items():
+    for name, entry in files.items():
         file = inside(bundle, name)
         if not file.is_file():
             raise EngineError(f"{name}: missing from bundle {bundle.name[:12]}; export the checkpoint again")

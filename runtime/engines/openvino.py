@@ -23,6 +23,7 @@ from personalq.errors import EngineError, MissingExtraError, RepositoryError
 from personalq.repository.engines import check_engine, engine_at, keep_engine
 from personalq.rows import Ids
 
+from .attached import ADDED_ROWS, ADDED_VECTORS, PLAIN, STRENGTH, Attached, Feed
 from .engine import (
     ROWS_OUTPUTS,
     UNET_INPUTS,
@@ -30,6 +31,7 @@ from .engine import (
     Conditioning,
     Denoiser,
     TextEmbeds,
+    adapter_inputs,
     check_bytes,
     unet_feed,
     unet_file,
@@ -61,17 +63,17 @@ class OpenVinoEngine:
         """
         self.bundle = bundle
         self.manifest = read_manifest(bundle)
-        check_bytes(bundle, self.manifest)
+        check_bytes(bundle, self.manifest.files)
         self._threads = threads or 0
         self._around = around_int8()
         self._lock = threading.Lock()
         self._unets: OrderedDict[tuple[int, ...], Compiled] = OrderedDict()
         self._row_encoders: OrderedDict[int, Compiled] = OrderedDict()
         graphs, length = self.manifest.graphs, self.manifest.text.length
-        self._encoder = self._open(graphs.text_encoder, EXACT, {"input_ids": (1, length)})
+        self._encoder = self._open_encoder("text_encoder", graphs.text_encoder, length)
         self._second = None
         if graphs.text_encoder_2:
-            self._second = self._open(graphs.text_encoder_2, EXACT, {"input_ids": (1, length)})
+            self._second = self._open_encoder("text_encoder_2", graphs.text_encoder_2, length)
         self._row_encoder(length)
         latent = self.manifest.latent
         self._decoder: tuple[tuple[int, ...], Compiled] | None = None
@@ -81,35 +83,54 @@ class OpenVinoEngine:
     def takes_chunks(self) -> bool:
         return self.manifest.rows.is_open
 
-    def encode(self, ids: Ids, second: Ids | None = None) -> TextEmbeds:
-        rows = [_infer(self._encoder, {"input_ids": one[None]})["last_hidden_state"] for one in ids]
+    def encode(self, ids: Ids, second: Ids | None = None, attached: Attached = PLAIN) -> TextEmbeds:
+        feed = self._text_feed("text_encoder", self._encoder, attached)
+        rows = [_infer(self._encoder, {"input_ids": one[None], **feed})["last_hidden_state"] for one in ids]
         states = np.concatenate(rows).astype(np.float32, copy=False)
         if self._second is None or second is None:
             return TextEmbeds(states)
-        made = [_infer(self._second, {"input_ids": one[None]}) for one in second]
+        feed = self._text_feed("text_encoder_2", self._second, attached)
+        made = [_infer(self._second, {"input_ids": one[None], **feed}) for one in second]
         more, pooled = (np.concatenate([one[name] for one in made]) for name in ("last_hidden_state", "text_embeds"))
         both = np.concatenate([states, more], axis=-1, dtype=np.float32)
         return TextEmbeds(both, pooled.astype(np.float32), states.shape[-1])
 
-    def text_rows(self, text_embeds: Array, kept_index: Ids) -> dict[str, npt.NDArray[Any]]:
-        names, encoder = ROWS_OUTPUTS[self.manifest.rows.form], self._row_encoder(text_embeds.shape[1])
+    def _text_feed(self, graph: str, compiled: Compiled, attached: Attached) -> Feed:
+        if self.manifest.adapters is None:
+            return {}
+        width = compiled.input(ADDED_VECTORS).get_partial_shape()[1].get_length()
+        return attached.feed(self.manifest.adapters, graph, width)
+
+    def text_rows(self, text_embeds: Array, kept_index: Ids, attached: Attached = PLAIN) -> dict[str, npt.NDArray[Any]]:
+        rows = self.manifest.rows
+        names, encoder = ROWS_OUTPUTS[rows.form], self._row_encoder(text_embeds.shape[1])
         made = []
         for i in range(len(text_embeds)):
             feed: dict[str, npt.NDArray[Any]] = {"text_embeds": text_embeds[i : i + 1]}
             feed |= {"kept_index": kept_index[i : i + 1]} if len(names) > 1 else {}
+            if self.manifest.adapters is not None:
+                feed[ADDED_ROWS] = attached.added_rows(feed["text_embeds"], rows.layers)
             made.append(_infer(encoder, feed))
         return {name: np.concatenate([one[name] for one in made]) for name in names}
 
-    def denoiser(self, conditioning: Conditioning, height: int, width: int) -> Denoiser:
+    def denoiser(self, conditioning: Conditioning, height: int, width: int, attached: Attached = PLAIN) -> Denoiser:
         batch = len(next(iter(conditioning.values())))
         channels = self.manifest.latent.channels
         inputs = unet_feed(self.manifest, conditioning, height, width)
         n_rows = conditioning[UNET_INPUTS[self.manifest.rows.form][0]].shape[1]
+        if attached.is_wide:
+            raise EngineError(
+                "openvino: must be given adapters of attention layers, got one that changes others too, which OpenVINO has no "
+                "convolution for; draw it with onnxruntime"
+            )
+        matrices = attached.feed(self.manifest.adapters, "unet")
         slices = []
         for start in range(0, batch, SLICE):
             part = {name: value[start : start + SLICE] for name, value in inputs.items()}
+            part |= {name: _of_slice(name, value, start) for name, value in matrices.items()}
             shape = (min(SLICE, batch - start), channels, height, width)
-            slices.append((start, _BoundUnet(self._unet(shape, n_rows), part, shape)))
+            compiled = self._unet(shape, n_rows)
+            slices.append((start, _BoundUnet(compiled, part, shape)))
         return _Sliced(slices, (batch, channels, height, width))
 
     def decode(self, latent: Array) -> Array:
@@ -130,6 +151,8 @@ class OpenVinoEngine:
         shapes: dict[str, Sequence[int]] = {"text_embeds": (1, n_rows, -1)}
         if self.manifest.rows.form == "split":
             shapes["kept_index"] = (1, self.manifest.rows.kept.slots)
+        if self.manifest.adapters is not None:
+            shapes[ADDED_ROWS] = (1, -1, -1)
         with self._lock:
             return _recent(
                 self._row_encoders,
@@ -138,11 +161,17 @@ class OpenVinoEngine:
                 lambda: self._open(self.manifest.graphs.text_rows, EXACT, shapes),
             )
 
+    def _open_encoder(self, graph: str, file: str, length: int) -> Compiled:
+        """A text encoder for one chunk of text, and whatever is attached."""
+        any_size = {name: () for name in adapter_inputs(self.manifest, graph)}
+        return self._open(file, EXACT, {"input_ids": (1, length), **any_size})
+
     def _unet(self, shape: tuple[int, ...], n_rows: int) -> Compiled:
-        """The UNet compiled for one latent shape and number of text rows."""
+        """The UNet compiled for one latent shape and number of text rows, and for adapters of any rank."""
         shapes: dict[str, Sequence[int]] = {"sample": shape}
         if self.manifest.rows.is_open:
             shapes |= {name: (shape[0], n_rows, *sides) for name, sides in _ROW_SIDES[self.manifest.rows.form].items()}
+        shapes |= dict.fromkeys(adapter_inputs(self.manifest, "unet"), ())
         with self._lock:
             return _recent(
                 self._unets,
@@ -290,6 +319,8 @@ def _compile(graph: Path, shapes: Shapes, properties: Mapping[str, str]) -> Comp
             sides = [side.get_length() if side.is_static else -1 for side in value.get_partial_shape()]
             sides[0] = batch if sides[0] == -1 else sides[0]
             wanted = shapes.get(value.any_name, sides)
+            if value.any_name in shapes and not wanted:
+                continue  # an adapter's matrix: as the graph has it
             fixed[value.any_name] = ov.PartialShape([w if w != -1 else s for w, s in zip(wanted, sides, strict=True)])
         model.reshape(fixed)
         return _core().compile_model(model, "CPU", dict(properties))
@@ -307,6 +338,12 @@ def _infer(compiled: Compiled, feed: Mapping[str, npt.NDArray[Any]]) -> dict[str
             f"{compiled.outputs[0].any_name}: cannot be computed from {shapes}: {one_line(error)}"
         ) from error
     return {output.any_name: np.array(made[output]) for output in compiled.outputs}
+
+
+def _of_slice(name: str, value: Array, start: int) -> Array:
+    """What a slice of a batch gets of an adapter's input: its own pictures' matrices where each picture has some."""
+    is_shared = len(value) == 1 or (name != STRENGTH and value.ndim != 3)
+    return value if is_shared else value[start : start + SLICE]
 
 
 def _shapes_text(shapes: Shapes) -> str:

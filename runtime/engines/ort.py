@@ -1,5 +1,6 @@
 """ONNX Runtime on the CPU: the embedded default."""
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,12 +13,16 @@ from personalq.bundle import read_manifest
 from personalq.errors import EngineError
 from personalq.rows import Ids
 
+from .attached import ADDED_ROWS, ADDED_VECTORS, PLAIN, Attached
 from .engine import (
+    LOWERING,
     ROWS_OUTPUTS,
+    WIDE,
     Array,
     Conditioning,
     Denoiser,
     TextEmbeds,
+    adapter_inputs,
     check_bytes,
     unet_feed,
     unet_file,
@@ -38,16 +43,20 @@ class OrtEngine:
         """
         self.bundle = bundle
         self.manifest = read_manifest(bundle)
-        check_bytes(bundle, self.manifest)
+        check_bytes(bundle, self.manifest.files)
         graphs, form = self.manifest.graphs, self.manifest.rows.form
         self._threads = threads
         self._opened: list[Opened] = []
-        self._encoder = self._share(graphs.text_encoder, ["input_ids"], ["last_hidden_state"])
+        self._wide: Session | None = None
+        self._opening = threading.Lock()
+        self._encoder = self._share(graphs.text_encoder, self._text_inputs("text_encoder"), ["last_hidden_state"])
         self._second = None
         if graphs.text_encoder_2:
-            self._second = self._share(graphs.text_encoder_2, ["input_ids"], ["last_hidden_state", "text_embeds"])
+            inputs = self._text_inputs("text_encoder_2")
+            self._second = self._share(graphs.text_encoder_2, inputs, ["last_hidden_state", "text_embeds"])
         self._decoder = self._share(graphs.vae_decoder, ["latent"], ["image"])
         rows_inputs = ["text_embeds", "kept_index"] if form == "split" else ["text_embeds"]
+        rows_inputs += [ADDED_ROWS] if self.manifest.adapters else []
         with ThreadPoolExecutor(1) as beside:
             # Run once per prompt: its weights stay memory-mapped, which opens sooner and takes no extra memory.
             rows = beside.submit(self._prepare, graphs.text_rows, rows_inputs, ROWS_OUTPUTS[form], is_packed=False)
@@ -55,8 +64,25 @@ class OrtEngine:
             self._rows = rows.result()
 
     def _open_unet(self) -> Session:
+        return self._prepare_unet(is_wide=False)
+
+    def _prepare_unet(self, *, is_wide: bool) -> Session:
+        file = unet_file(self.manifest, WIDE if is_wide else LOWERING)
         inputs = ["sample", "timestep", *unet_inputs(self.manifest)]
-        return self._prepare(unet_file(self.manifest), inputs, ["noise_pred"])
+        inputs += adapter_inputs(self.manifest, "unet", is_wide=is_wide)
+        return self._prepare(file, inputs, ["noise_pred"])
+
+    def _text_inputs(self, graph: str) -> list[str]:
+        return ["input_ids", *adapter_inputs(self.manifest, graph)]
+
+    def _unet_of(self, attached: Attached) -> Session:
+        """The UNet's session; the one with a branch at every layer is opened when an adapter first needs it."""
+        if not attached.is_wide:
+            return self._unet
+        with self._opening:
+            if self._wide is None:
+                self._wide = self._prepare_unet(is_wide=True)
+        return self._wide
 
     def _share(self, file: str, inputs: Sequence[str], outputs: Sequence[str]) -> Session:
         return self._take(open_shared(self.bundle, self.manifest, file, self._threads), file, inputs, outputs)
@@ -79,25 +105,35 @@ class OrtEngine:
     def is_whole(self) -> bool:
         return all(opened.is_whole() for opened in self._opened)
 
-    def encode(self, ids: Ids, second: Ids | None = None) -> TextEmbeds:
-        states = np.asarray(_run(self._encoder, ["last_hidden_state"], {"input_ids": ids})[0], dtype=np.float32)
-        if self._second is None:
+    def encode(self, ids: Ids, second: Ids | None = None, attached: Attached = PLAIN) -> TextEmbeds:
+        feed = self._text_feed("text_encoder", self._encoder, ids, attached)
+        states = np.asarray(_run(self._encoder, ["last_hidden_state"], feed)[0], dtype=np.float32)
+        if self._second is None or second is None:
             return TextEmbeds(states)
-        more, pooled = _run(self._second, ["last_hidden_state", "text_embeds"], {"input_ids": second})
+        feed = self._text_feed("text_encoder_2", self._second, second, attached)
+        more, pooled = _run(self._second, ["last_hidden_state", "text_embeds"], feed)
         both = np.concatenate([states, more], axis=-1, dtype=np.float32)
         return TextEmbeds(both, np.asarray(pooled, np.float32), states.shape[-1])
 
-    def text_rows(self, text_embeds: Array, kept_index: Ids) -> dict[str, npt.NDArray[Any]]:
+    def _text_feed(self, graph: str, session: Session, ids: Ids, attached: Attached) -> dict[str, npt.NDArray[Any]]:
+        width = next((value.shape[1] for value in session.get_inputs() if value.name == ADDED_VECTORS), 0)
+        return {"input_ids": ids, **attached.feed(self.manifest.adapters, graph, width)}
+
+    def text_rows(self, text_embeds: Array, kept_index: Ids, attached: Attached = PLAIN) -> dict[str, npt.NDArray[Any]]:
         form = self.manifest.rows.form
-        feed = {"text_embeds": text_embeds, "kept_index": kept_index}
+        feed: dict[str, npt.NDArray[Any]] = {"text_embeds": text_embeds, "kept_index": kept_index}
         if form == "full":
             del feed["kept_index"]
+        if self.manifest.adapters:
+            feed[ADDED_ROWS] = attached.added_rows(text_embeds, self.manifest.rows.layers)
         return dict(zip(ROWS_OUTPUTS[form], _run(self._rows, ROWS_OUTPUTS[form], feed), strict=True))
 
-    def denoiser(self, conditioning: Conditioning, height: int, width: int) -> Denoiser:
+    def denoiser(self, conditioning: Conditioning, height: int, width: int, attached: Attached = PLAIN) -> Denoiser:
         batch = len(next(iter(conditioning.values())))
         shape = (batch, self.manifest.latent.channels, height, width)
-        return _BoundUnet(self._unet, unet_feed(self.manifest, conditioning, height, width), shape)
+        matrices = attached.feed(self.manifest.adapters, "unet", is_wide=attached.is_wide)
+        feed = {**unet_feed(self.manifest, conditioning, height, width), **matrices}
+        return _BoundUnet(self._unet_of(attached), feed, shape)
 
     def decode(self, latent: Array) -> Array:
         return np.asarray(_run(self._decoder, ["image"], {"latent": latent})[0], dtype=np.float32)

@@ -16,6 +16,7 @@ from personalq.errors import EngineError, MissingExtraError
 from personalq.repository.engines import check_engine
 
 from . import cuda
+from .attached import PLAIN, Attached
 from .engine import Array, Conditioning, Denoiser, unet_feed
 from .ort import OrtEngine
 from .plans import check_shapes, find_plan
@@ -47,7 +48,7 @@ class TensorRtEngine(OrtEngine):
     def takes_chunks(self) -> bool:
         return False  # a plan is built for 77 rows
 
-    def denoiser(self, conditioning: Conditioning, height: int, width: int) -> Denoiser:
+    def denoiser(self, conditioning: Conditioning, height: int, width: int, attached: Attached = PLAIN) -> Denoiser:
         batch = len(next(iter(conditioning.values())))
         inputs = unet_feed(self.manifest, conditioning, height, width)
         shape = (batch, self.manifest.latent.channels, height, width)

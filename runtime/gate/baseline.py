@@ -97,7 +97,9 @@ def default_file(repository: Path) -> Path:
 
 
 def entry_name(manifest: Manifest) -> str:
-    return f"{manifest.checkpoint.id}/{manifest.spec.name}"
+    """Of a checkpoint's bundle, or of one that is attached to a base's (its manifest as the pictures see it)."""
+    is_attached = manifest.kind == "base" and manifest.checkpoint.id != manifest.checkpoint.base
+    return f"{manifest.checkpoint.id}/{manifest.spec.name}{'-attached' if is_attached else ''}"
 
 
 def read_baselines(file: Path) -> Baselines:

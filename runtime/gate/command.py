@@ -44,7 +44,12 @@ def verify_command(opened: "Callable[[], Repository]", open_weights: "Callable[[
 
         made = answer(Request(**asked), opened, open_weights)
         report, written = made.report, [str(made.baseline)] if made.baseline else []
-        data = {**report.to_json(), "bundle": str(report.bundle), "written": [*written, *made.reports]}
+        data = {
+            **report.to_json(),
+            "bundle": str(report.bundle),
+            "form": made.form,
+            "written": [*written, *made.reports],
+        }
         return Result(data, _lines(report, [*written, *made.reports]), code=0 if report.passed else 1)
 
     return verify

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from personalq.bundle import read_manifest
+from personalq.adapters import read_adapter_manifest
+from personalq.bundle import Manifest, read_manifest
 from personalq.errors import PersonalQError
 
+from ..drawing.attaching import Opened, open_adapter
 from ..engines.sessions import one_line
 from . import LEVELS
 from . import baseline as baselines
 from .check import Check, Pictures, Report, failed, headline, reason_of
-from .levels import integrity, kernels, numerics, obedience
+from .levels import attachment, integrity, kernels, numerics, obedience
 from .levels.pictures import images
 from .levels.targets import cross_target
 from .localise import BLAMED, localise
@@ -36,6 +38,10 @@ OBEDIENCE: tuple[tuple[str, Computed], ...] = (
     ("kept rows", kernels.kept_rows),
     ("kept rows matter", kernels.kept_rows_matter),
     ("kernels", kernels.kernels),
+    ("adapter", attachment.is_the_delta),
+    ("adapter's way", attachment.no_quantiser),
+    ("adapter's strength", attachment.strength_counts),
+    ("adapter's trigger", attachment.trigger_in_goldens),
 )
 NUMERICS: tuple[tuple[str, Computed], ...] = (
     ("text encoder", numerics.text_encoder),
@@ -71,18 +77,27 @@ def verify_bundle(bundle: Path, threads: int | None = None) -> Report:
     return run_gate(bundle, Options(threads=threads))
 
 
-def run_gate(bundle: Path, options: Options, sources: Sources | None = None) -> Report:
-    """Run the levels up to options.level, compare with a baseline or write it. Never raises."""
+def run_gate(bundle: Path, options: Options, sources: Sources | None = None, adapter: Path | None = None) -> Report:
+    """Run the levels up to options.level, compare with a baseline or write it. Never raises.
+
+    adapter: of the checkpoint that is judged, attached to `bundle`, its base's.
+    """
     sources, started = sources or Sources(), time.perf_counter()
+    opened: Opened | None = None
     try:
         manifest = read_manifest(bundle)
-        intact = replace(integrity.files_intact(bundle, manifest), level="integrity")
+        intact = [integrity.files_intact(bundle, manifest)]
+        name = baselines.entry_name(manifest)
+        if adapter is not None:
+            of_adapter = read_adapter_manifest(adapter)
+            name = baselines.entry_name(manifest.model_copy(update={"checkpoint": of_adapter.checkpoint}))
+            intact.append(attachment.intact(adapter, of_adapter))
+            opened = open_adapter(adapter) if intact[-1].passed else None
     except (PersonalQError, OSError) as error:
         return _ended(bundle, bundle.name[:12], [failed("files intact", one_line(error))])
-    name = baselines.entry_name(manifest)
-    if not intact.passed:
-        return _ended(bundle, name, [intact])
-    checks = [intact, *_guarded("key", "integrity", lambda: integrity.consistent(bundle, manifest, sources))]
+    if not all(check.passed for check in intact):
+        return _ended(bundle, name, intact)
+    checks = [*intact, *_integrity(bundle, manifest, sources, opened)]
     if options.baseline is not None and options.level not in MEASURED:
         reason = (
             f"{options.baseline}: needs the levels that measure something, got {options.level!r}; run {MEASURED[0]}"
@@ -92,12 +107,23 @@ def run_gate(bundle: Path, options: Options, sources: Sources | None = None) -> 
     if options.level == "integrity":
         return replace(_ended(bundle, name, checks), seconds=seconds)
     try:
-        subject = Subject(bundle, manifest, sources, options.threads)
+        subject = Subject(bundle, manifest, sources, options.threads, opened)
         _ = subject.pipeline
     except Exception as error:  # the boundary: a bundle that cannot be opened is a failed check, whatever the cause
         return _ended(bundle, name, [*checks, failed(OPENS, reason_of(error))])
     run = Run(subject, options, name, checks, seconds)
     return run.report()
+
+
+def _integrity(bundle: Path, manifest: Manifest, sources: Sources, opened: Opened | None) -> list[Check]:
+    """Whether bundle and adapter are what their keys say."""
+    if opened is None:
+        return _guarded("key", "integrity", lambda: integrity.consistent(bundle, manifest, sources))
+    of_base = replace(
+        sources, weights_sha256=None, settings=None
+    )  # the checkpoint's: what is compared with the adapter
+    checks = _guarded("key", "integrity", lambda: integrity.consistent(bundle, manifest, of_base))
+    return checks + _guarded("adapter", "integrity", lambda: attachment.consistent(opened.manifest, manifest, sources))
 
 
 class Run:

@@ -7,6 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from personalq.adapters import is_adapter, read_adapter_manifest
 from personalq.bundle import Manifest, read_manifest
 from personalq.cards.card import folder_name
 from personalq.errors import BundleError, PersonalQError
@@ -18,16 +21,17 @@ from personalq.repository.settings import read_settings
 from personalq.spec import REFERENCE
 from personalq.weights.header import read_header
 
-from ..store import REFERENCE_POLICIES, Store, find
+from ..store import REFERENCE_POLICIES, Found, Store
+from ..targets import FALLBACK
 from .baseline import default_file
 from .check import Report, headline
 from .gate import OPENS, Options, run_gate
-from .subject import Judge, Sources
+from .subject import Delta, Judge, ReadWeight, Sources
 
 NO_REFERENCE = "none"  # in a key's parts: the exporter found no reference beside the spec
 
 # (base folder, checkpoint folder, kind) -> an object whose component(name).read(parameter) gives tensors.
-OpenWeights = Callable[[Path, Path, str], Any]
+OpenWeights = Callable[[Path, Path | None, str], Any]
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """The report and the files that were written."""
+    """The report and the files that were written. form: 'attached' or 'merged'."""
 
     report: Report
     baseline: Path | None
     reports: list[str]
+    form: str = "merged"
 
 
 def answer(request: Request, opened: Callable[[], Repository], open_weights: Callable[[], OpenWeights]) -> Answer:
     """Find the bundle, run the gate, write what was asked for. Raises PersonalQError for what cannot be asked."""
-    folder, repository = located(request.bundle, opened)
-    sources = sources_of(folder, repository, open_weights, request.judge)
+    found, repository = located(request.bundle, opened)
+    folder = found.bundle
+    sources = sources_of(folder, repository, open_weights, request.judge, found.adapter)
     file = request.baseline
     if request.update_baseline and file is None:
         file = default_file(repository.root) if repository is not None else folder.with_suffix(".baselines.json")
@@ -71,20 +77,41 @@ def answer(request: Request, opened: Callable[[], Repository], open_weights: Cal
         update=request.update_baseline,
         against=request.against,
     )
-    report = _with_cure(run_gate(folder, options, sources), folder, repository)
+    report = run_gate(folder, options, sources, found.adapter)
+    report = _with_cure(report, folder, repository) if found.adapter is None else report
     updated = file if request.update_baseline and report.passed else None
-    return Answer(report, updated, write_reports([report], request))
+    return Answer(report, updated, write_reports([report], request), found.form)
 
 
-def located(bundle: str, opened: Callable[[], Repository]) -> tuple[Path, Repository | None]:
-    """A folder, with the repository it lies in, or the best bundle of a checkpoint's id."""
+def located(bundle: str, opened: Callable[[], Repository]) -> tuple[Found, Repository | None]:
+    """A folder, with the repository it lies in, or the best form of a checkpoint's or base's id.
+
+    Raises EngineError for an adapter whose base has no engine here.
+    """
     folder = Path(bundle)
     if not folder.is_dir():
         repository = opened()
-        return find(repository.root, repository.card(bundle).id).bundle, repository
+        whole = repository.whole(bundle)
+        store = Store(repository.root)
+        return store.on_base(bundle) if whole.is_base else store.find(whole.card.id), repository
     root = folder.resolve().parents[1]
     is_inside = folder.resolve().parent.name == "bundles" and (root / "checkpoints").is_dir()
-    return folder, Repository.open(root) if is_inside else None
+    within = Repository.open(root) if is_inside else None
+    if is_adapter(folder):
+        return _attached(folder, within), within
+    return Found(folder, FALLBACK), within
+
+
+def _attached(folder: Path, repository: Repository | None) -> Found:
+    """An adapter's folder beside the best engine of its base."""
+    manifest = read_adapter_manifest(folder)
+    engines = [] if repository is None else repository.base_engines(manifest.base_sha256)
+    if not engines:
+        raise BundleError(
+            f"{folder.name[:12]}: must have an engine of its base beside it, got none; run 'personalq export --base "
+            f"{manifest.checkpoint.base}'"
+        )
+    return Found(engines[-1], FALLBACK, adapter=folder)
 
 
 def _with_cure(report: Report, folder: Path, repository: Repository | None) -> Report:
@@ -128,32 +155,51 @@ def _has_reference(specs: Path, manifest: Manifest) -> bool:
 
 
 def sources_of(
-    folder: Path, repository: Repository | None, open_weights: Callable[[], OpenWeights], judge: str = ""
+    folder: Path,
+    repository: Repository | None,
+    open_weights: Callable[[], OpenWeights],
+    judge: str = "",
+    adapter: Path | None = None,
 ) -> Sources:
-    """The checkpoint's weights and its unquantised bundle, where the repository still has them; the judge asked for."""
+    """The checkpoint's weights and its unquantised form, where the repository still has them; the judge asked for.
+
+    adapter: the checkpoint's, attached to the bundle in `folder`.
+    """
     try:
-        id_ = read_manifest(folder).checkpoint.id
+        id_ = read_manifest(folder).checkpoint.id if adapter is None else read_adapter_manifest(adapter).checkpoint.id
     except PersonalQError:  # no bundle: the gate says so
         return Sources()
     scores = load_judge(judge, id_) if judge else None
     if repository is None:
         return Sources(judge=scores)
     try:
-        card = repository.card(id_)
-        folders = repository.base_dir(card), repository.checkpoint_dir(id_)
+        whole = repository.whole(id_)
     except PersonalQError:  # the checkpoint was removed: the bundle is judged alone
         return Sources(judge=scores)
-    base, checkpoint = folders
-    weights = open_weights()(base, checkpoint, card.kind)
-    others = Store(repository.root).bundles(id_)
+    base, checkpoint = whole.base_dir, whole.checkpoint_dir
+    own = open_weights()(base, checkpoint, whole.card.kind)
+    merged = _reader(own)
+    owner = id_ if adapter is None else whole.card.base
+    others = Store(repository.root).bundles(owner)
     reference = [other for other in others if read_manifest(other).spec.policy == REFERENCE_POLICIES[0]]
-    return Sources(
-        weights=lambda component, name: weights.component(component).read(name),
+    found = Sources(
+        weights=merged,
         weights_sha256=lambda: weights_sha256(base, checkpoint),
         settings=read_settings(base, checkpoint),
         reference=reference[0] if reference and reference[0].resolve() != folder.resolve() else None,
         judge=scores,
     )
+    if adapter is None:
+        return found
+    changed = {name: part.changed for name, part in own.components.items() if part.changed}
+    card = whole.card
+    delta = Delta(merged, changed, own.first_added_id, tuple(card.trigger), card.class_noun)
+    golden = repository.root / "specs" / folder_name(id_) / REFERENCE
+    return replace(found, weights=_reader(open_weights()(base, None, card.kind)), delta=delta, golden=golden)
+
+
+def _reader(weights: Any) -> ReadWeight:
+    return lambda component, name: np.asarray(weights.component(component).read(name))
 
 
 def load_judge(name: str, checkpoint_id: str) -> Judge:

@@ -17,9 +17,11 @@ from personalq.repository.settings import Settings
 from personalq.rows import find_sequence
 from personalq.spec import SpecFile, read_spec
 
+from ..drawing.attaching import Chosen, Opened, Wearing
 from ..drawing.pipeline import Pipeline
 from ..drawing.prompter import PromptRows
-from ..engines.engine import Conditioning, TextEmbeds, unet_feed, unet_file
+from ..engines.attached import Attached
+from ..engines.engine import LOWERING, WIDE, Conditioning, TextEmbeds, unet_feed, unet_file
 from ..engines.onnxfile import Graph, read_graph
 from ..engines.ort import OrtEngine
 from .levels.limits import LIMITS, precision
@@ -40,17 +42,34 @@ ReadWeight = Callable[[str, str], npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
+class Delta:
+    """What an attached checkpoint changes in its base: merged reads its own tensors; changed: component -> parameters.
+
+    first_added_id: the row of the text encoders' token embedding where the added ones begin. trigger, class_noun: the card's.
+    """
+
+    merged: ReadWeight
+    changed: Mapping[str, frozenset[str]]
+    first_added_id: int
+    trigger: tuple[str, ...]
+    class_noun: str
+
+
+@dataclass(frozen=True)
 class Sources:
     """What a check may use besides the bundle; each may be missing, and its checks are then left out, and `missing` says so.
 
-    weights: reads the checkpoint's tensors. weights_sha256: of the checkpoint as it lies in the repository now. settings:
-    its scheduler and tokenizers.
-    reference: the unquantised bundle of the same checkpoint. judge: see Judge.
+    weights: reads the tensors that the graphs hold: the checkpoint's, or its base's when it is attached; delta: the rest
+    then. weights_sha256: of the checkpoint as it lies in the repository now. settings: its scheduler and tokenizers.
+    golden: where the goldens of an attached checkpoint are; those of others lie in their bundle.
+    reference: the unquantised form of the same checkpoint. judge: see Judge.
     """
 
     weights: ReadWeight | None = None
+    delta: Delta | None = None
     weights_sha256: Callable[[], str] | None = None
     settings: Settings | None = None
+    golden: Path | None = None
     reference: Path | None = None
     judge: Judge | None = None
 
@@ -67,22 +86,28 @@ class Sources:
 class Subject:
     """One bundle under the checks. `measured` and `layers` (SNR dB per golden input) are filled by them.
 
-    move: what is done to start noise before it is used, see `nudged`. references: the unquantised bundle's pictures, by
-    how many were asked for.
+    adapter: attached to the bundle, which is a base's then; `manifest` is what the pictures see, `engine_manifest` the
+    bundle's own. move: what is done to start noise before it is used, see `nudged`. references: the unquantised bundle's
+    pictures, by how many were asked for.
     """
 
     bundle: Path
     manifest: Manifest
     sources: Sources
     threads: int | None = None
+    adapter: Opened | None = None
     measured: dict[str, list[float]] = field(default_factory=dict)
     layers: dict[str, list[float]] = field(default_factory=dict)
     references: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     move: Callable[[Float], Float] = lambda values: values
 
     def __post_init__(self) -> None:
+        self.engine_manifest = self.manifest
+        self.chosen = [] if self.adapter is None else [Chosen(self.adapter)]
+        self.wearing = Wearing(self.engine_manifest, self.bundle, self.chosen)
+        self.manifest = self.wearing.manifest
         self.limits = LIMITS[precision(self.manifest)]
-        self.golden, self.notes = read_golden(self.bundle)
+        self.golden, self.notes = read_golden(self.sources.golden or inside(self.bundle, GOLDEN))
         self.prompts: list[str] = json.loads(self.notes.get("prompts", "[]"))
         self.steps = int(self.notes.get("steps", self.manifest.steps))
         self.guidance = float(self.notes.get("guidance", self.manifest.guidance))
@@ -94,15 +119,26 @@ class Subject:
 
     @cached_property
     def pipeline(self) -> Pipeline:
-        return Pipeline(self.engine)
+        return Pipeline(self.engine, self.chosen)
+
+    @property
+    def attached(self) -> Attached:
+        """What is attached, as the engine's graphs take it."""
+        return self.pipeline.wearing.attached
 
     @cached_property
     def spec_file(self) -> SpecFile:
         return read_spec(inside(self.bundle, SPEC))
 
     @cached_property
+    def unet_path(self) -> Path:
+        """The graph of the UNet that draws: the one with a branch at every layer when an adapter needs it."""
+        lowering = WIDE if self.attached.is_wide else LOWERING
+        return inside(self.bundle, unet_file(self.engine_manifest, lowering))
+
+    @cached_property
     def unet(self) -> Graph:
-        return read_graph(inside(self.bundle, unet_file(self.manifest)))
+        return read_graph(self.unet_path)
 
     def graph(self, name: str) -> Graph:
         return read_graph(inside(self.bundle, name))
@@ -132,7 +168,8 @@ class Subject:
         """Every input of the UNet for golden input n, a batch of one."""
         sample, timestep = (self.golden[name][n : n + 1] for name in ("sample", "timestep"))
         told = unet_feed(self.manifest, self.conditioning(n), *sample.shape[2:])
-        return {"sample": sample, "timestep": timestep, **told}
+        matrices = self.attached.feed(self.engine_manifest.adapters, "unet", is_wide=self.attached.is_wide)
+        return {"sample": sample, "timestep": timestep, **told, **matrices}
 
     def nudged(self, amount: np.float32, seed: int) -> "Subject":
         """The same bundle, its golden inputs moved by a relative +-amount: what another machine's float order might do."""
@@ -142,27 +179,36 @@ class Subject:
             signs = generator.choice(np.array([-1, 1], np.float32), values.shape)
             return np.asarray(values * (1 + amount * signs), np.float32)
 
-        other = Subject(self.bundle, self.manifest, self.sources, self.threads, references=self.references, move=move)
+        other = Subject(
+            self.bundle,
+            self.engine_manifest,
+            self.sources,
+            self.threads,
+            self.adapter,
+            references=self.references,
+            move=move,
+        )
         other.engine, other.pipeline = self.engine, self.pipeline
         for name in ("text_embeds", "sample", "start_noise", "latent", POOLED):
             if name in self.golden:
                 other.golden[name] = move(self.golden[name])
         return other
 
-    def noise_pred(self, conditioning: Conditioning, n: int) -> Float:
-        """(4,h,w): the UNet on golden input n."""
+    def noise_pred(self, conditioning: Conditioning, n: int, attached: Attached | None = None) -> Float:
+        """(4,h,w): the UNet on golden input n. attached: in place of what is."""
         sample = self.golden["sample"][n : n + 1]
-        denoiser = self.engine.denoiser(conditioning, *sample.shape[2:])
+        height, width = sample.shape[2:]
+        denoiser = self.engine.denoiser(conditioning, height, width, attached or self.attached)
         return np.array(denoiser(sample, float(self.golden["timestep"][n]))[0], dtype=np.float32)
 
 
-def read_golden(bundle: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+def read_golden(file: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
     """Tensors and metadata of the goldens. Raises BundleError when they are missing, older, or lack a tensor."""
     from safetensors import safe_open
 
-    file = inside(bundle, GOLDEN)
     if not file.is_file():
-        raise BundleError(f"{GOLDEN}: must be in the bundle, got no file; export the checkpoint again")
+        where = "must be in the bundle" if file.name == GOLDEN else "must be among the specs"
+        raise BundleError(f"{file.name}: {where}, got no file; export the checkpoint again")
     with safe_open(str(file), framework="numpy") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
         metadata = dict(opened.metadata() or {})

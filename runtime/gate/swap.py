@@ -11,10 +11,8 @@ from functools import cache, partial
 import numpy as np
 import numpy.typing as npt
 
-from personalq.bundle import inside
 from personalq.numerics import snr_db
 
-from ..engines.engine import unet_file
 from ..engines.onnxfile import Array, Edited
 from ..engines.sessions import open_session
 from .levels.obedience import LayerInGraph
@@ -98,7 +96,7 @@ def bisect(subject: Subject, among: Sequence[str] = ()) -> Culprit | None:
 
 def _noise(subject: Subject, *layers: str) -> float:
     """Squared error of the noise prediction over squared signal, on a few golden inputs, with these layers in floats."""
-    file, golden = inside(subject.bundle, unet_file(subject.manifest)), subject.golden
+    file, golden = subject.unet_path, subject.golden
     session = open_session(file, subject.threads, model=with_floats(subject, layers) if layers else None)
     total = 0.0
     for n in np.linspace(0, len(golden["sample"]) - 1, N_INPUTS).astype(int):

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from personalq.bundle import inside
 from personalq.errors import BundleError
 from personalq.goldens import BLOCK_SAMPLES, LAYER_SAMPLES, sample_positions
 from personalq.rows import RowLayer
 
-from ..engines.engine import unet_file
 from ..engines.onnxfile import Edited, Graph, Node
 from ..engines.sessions import Session, open_session
 from .levels.obedience import LayerInGraph
@@ -45,11 +43,15 @@ class Seen:
 
 @dataclass(frozen=True)
 class Taps:
-    """What to tap: name -> value, in the order the graph computes them; cross-attention softmax by row layer."""
+    """What to tap: name -> value, in the order the graph computes them; cross-attention softmax by row layer.
+
+    channels_last: layers whose value is (B,h,w,C), as an adapter's branch leaves it; goldens are (B,C,h,w).
+    """
 
     layers: dict[str, str]
     blocks: dict[str, str]
     attention: list[str]
+    channels_last: frozenset[str] = frozenset()
 
 
 def golden_sizes(subject: Subject, kind: str) -> dict[str, int]:
@@ -63,7 +65,8 @@ def find_taps(graph: Graph, layers: list[str], blocks: list[str], rows: tuple[Ro
     of_layers = {name: layer_output(graph, name) for name in layers}
     of_blocks = {name: _block_output(graph, name, of_layers) for name in blocks}
     ordered = [dict(sorted(found.items(), key=lambda item: order.get(item[1], 0))) for found in (of_layers, of_blocks)]
-    return Taps(ordered[0], ordered[1], [_softmax(graph, row) for row in rows])
+    turned = frozenset(name for name, value in of_layers.items() if _is_turned(graph, value))
+    return Taps(ordered[0], ordered[1], [_softmax(graph, row) for row in rows], turned)
 
 
 def layer_output(graph: Graph, name: str) -> str:
@@ -78,7 +81,27 @@ def layer_output(graph: Graph, name: str) -> str:
     if found.output_q is not None:
         (dequantised, *_) = graph.readers[found.output_q.outputs[0]]
         value = dequantised.outputs[0]
+    return _with_branch(graph, name, value)
+
+
+def _with_branch(graph: Graph, name: str, value: str) -> str:
+    """The sum of a layer's output and its adapter's branch, where it has one: behind a Transpose to channels last or not."""
+    readers = graph.readers.get(value, [])
+    turned = [node.outputs[0] for node in readers if node.op == "Transpose"]
+    for one in (value, *turned):
+        for node in graph.readers.get(one, []):
+            if node.op == "Add" and node.name.startswith(f"{name}.branch_"):
+                return node.outputs[0]
     return value
+
+
+def _is_turned(graph: Graph, value: str) -> bool:
+    """Whether a layer's value is a sum that is made with channels last."""
+    node = graph.producers.get(value)
+    if node is None or ".branch_" not in node.name:
+        return False
+    made = (graph.producers.get(source) for source in node.inputs)
+    return any(one is not None and one.op == "Transpose" and ".branch_" not in one.name for one in made)
 
 
 def _low_rank(graph: Graph, name: str) -> str:
@@ -146,6 +169,9 @@ def tapped(graph: Graph, taps: Taps, sizes: dict[str, int]) -> bytes:
         for name, value in group.items():
             key = f"gate_{kind}_{name}"
             edited.add_constant(f"{key}_at", sample_positions(name, sizes[name], count))
+            if kind == "layer" and name in taps.channels_last:
+                edited.add_node("Transpose", [value], f"{key}_turned", perm=[0, 3, 1, 2])
+                value = f"{key}_turned"
             edited.add_node("Reshape", [value, "gate_flat"], f"{key}_flat")
             edited.add_node("Gather", [f"{key}_flat", f"{key}_at"], key)
             edited.add_output(key)
@@ -160,7 +186,7 @@ def look(subject: Subject) -> Seen:
     sizes = {kind: golden_sizes(subject, kind) for kind in ("layers", "blocks")}
     taps = find_taps(subject.unet, list(sizes["layers"]), list(sizes["blocks"]), subject.manifest.rows.layers)
     model = tapped(subject.unet, taps, sizes["layers"] | sizes["blocks"])
-    session = open_session(inside(subject.bundle, unet_file(subject.manifest)), subject.threads, model=model)
+    session = open_session(subject.unet_path, subject.threads, model=model)
     runs = list(_runs(subject, session))
     layers = {name: np.stack([run[f"gate_layer_{name}"] for run in runs]) for name in taps.layers}
     blocks = {name: np.stack([run[f"gate_block_{name}"] for run in runs]) for name in taps.blocks}

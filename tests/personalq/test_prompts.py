@@ -128,20 +128,19 @@ def test_what_cannot_be_drawn_is_one_line_and_reading_does_not_fail(text: str, f
     prompt = read_prompt(text)
     assert prompt.faults == (fault,)
     with pytest.raises(PromptError) as error:
-        refuse_faults(prompt, ("rex",))
+        refuse_faults(prompt, {"rex": (1, 1)})
     assert str(error.value) == f"prompt: {fault}"
 
 
 @pytest.mark.parametrize("tag", ["<lora:REX>", "<lora:rex:1>", "<lora:Rex the dog:1.0>", "<lora:rex_v2:te=1:unet=1>"])
 def test_the_checkpoint_that_draws_may_be_named_at_full_strength(tag: str) -> None:
-    refuse_faults(read_prompt(f"a dog {tag}"), ("rex", "Rex the dog", "rex_v2"))
+    refuse_faults(read_prompt(f"a dog {tag}"), dict.fromkeys(("rex", "Rex the dog", "rex_v2"), (1, 1)))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<lora:tom:1>", "prompt: <lora:tom:1> must name the checkpoint that draws, 'rex'; adapters cannot be added to a "
-                         "bundle yet: remove it, or draw with that checkpoint"),
+        ("<lora:tom:1>", "prompt: <lora:tom:1> must name what draws, 'rex'; remove it, or draw with that checkpoint"),
         ("<lora:rex:0.8>", "prompt: <lora:rex:0.8> must have strength 1 in all, got 0.8; 'rex' is merged into its bundle at "
                            "full strength: write 1, or remove it"),
         ("<lora:rex:1:0.5>", "prompt: <lora:rex:1:0.5> must have strength 1 in all, got 0.5; 'rex' is merged into its bundle "
@@ -152,8 +151,21 @@ def test_the_checkpoint_that_draws_may_be_named_at_full_strength(tag: str) -> No
 )  # fmt: skip
 def test_other_adapters_and_strengths_are_refused(text: str, message: str) -> None:
     with pytest.raises(PromptError) as error:
-        refuse_faults(read_prompt(text), ("rex", "Rex"))
+        refuse_faults(read_prompt(text), {"rex": (1, 1), "Rex": (1, 1)})
     assert str(error.value) == message
+
+
+def test_an_attached_adapter_may_be_named_at_the_strengths_it_is_attached_with() -> None:
+    strengths = {"rex": (0.8, 0.5), "look": (1.0, 1.0)}
+    refuse_faults(read_prompt("a dog <lora:Rex:te=0.5:unet=0.8> <lora:look:1>"), strengths, is_attached=True)
+    with pytest.raises(
+        PromptError, match=r"must have strength 0\.8 in all, got 0\.7; 'rex' is attached at that strength"
+    ):
+        refuse_faults(read_prompt("a dog <lora:rex:te=0.5:unet=0.7>"), strengths, is_attached=True)
+    with pytest.raises(
+        PromptError, match=r"<lora:tom:1> must name what draws, 'rex'; remove it, or attach it with --adapter"
+    ):
+        refuse_faults(read_prompt("<lora:tom:1>"), strengths, is_attached=True)
 
 
 @pytest.mark.parametrize(

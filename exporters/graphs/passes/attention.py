@@ -42,9 +42,10 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
         domain=DOMAIN,
         name=f"{softmax.name}_mha",
     )
-    node.outputs[0].name = f"{softmax.name}_mha_out"
+    made, old = node.outputs[0], flat.outputs[0]
+    made.name, made.type, made.shape = f"{softmax.name}_mha_out", old.type, old.shape
     graph.append(node)
-    ir.convenience.replace_all_uses_with(flat.outputs[0], node.outputs[0])
+    ir.convenience.replace_all_uses_with(old, made)
     return True
 
 

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from personalq.bundle import inside
-
-from ...engines.engine import unet_file
 from ...engines.sessions import open_session
 from ..check import Check, at_least, at_most, equal
 from ..subject import Subject
@@ -31,7 +28,7 @@ def kept_rows(subject: Subject) -> Iterator[Check]:
     changed, worst = 0, 0.0
     for i, prompt in enumerate(subject.rows):
         index = np.zeros((1, subject.manifest.rows.kept.slots), dtype=np.int64)
-        rows = subject.engine.text_rows(subject.golden["text_embeds"][i : i + 1], index)["rows"][0]
+        rows = subject.engine.text_rows(subject.golden["text_embeds"][i : i + 1], index, subject.attached)["rows"][0]
         for slot, position in enumerate(prompt.kept):
             kept, golden = prompt.conditioning["kept"][0, slot], subject.golden["rows"][i, position]
             changed += int((kept != rows[position].astype(np.float16)).sum())
@@ -73,17 +70,26 @@ def kernels(subject: Subject) -> Iterator[Check]:
     float_convs = _count(census, "conv") - convs
     branches = sum(name.endswith(".low_rank_up") for name in subject.unet.tensors)  # two float products each
     float_linears = _count(census, "linear") - linears + 2 * attentions + 2 * branches  # attention: Q.K^T and .V
+    small, large = adapter_branches(subject)
+    float_convs, float_linears = float_convs + large, float_linears + 2 * small + large
     yield equal("conv layers on integer kernels", sum(ran[kind] for kind in CONV_KERNELS), convs)
     yield equal("linear layers on integer kernels", sum(ran[kind] for kind in LINEAR_KERNELS), linears)
     yield at_most("float conv kernels", sum(ran[kind] for kind in FLOAT_CONV_KERNELS), float_convs)
     yield at_most("float matmul kernels", sum(ran[kind] for kind in FLOAT_LINEAR_KERNELS), float_linears)
 
 
+def adapter_branches(subject: Subject) -> tuple[int, int]:
+    """How many branches the graph has for adapters: of two products each, and of a convolution and a product."""
+    inputs, is_wide = subject.engine_manifest.adapters, subject.attached.is_wide
+    places = [] if inputs is None else [one for one in inputs.branches["unet"].values() if is_wide or not one.is_wide]
+    large = sum(one.op == "conv" and tuple(one.weight[2:]) != (1, 1) for one in places)
+    return len(places) - large, large
+
+
 def kernels_that_run(subject: Subject) -> Counter[str]:
     """How many nodes of each kind ran in one step of the UNet, from ONNX Runtime's own profile."""
-    file = inside(subject.bundle, unet_file(subject.manifest))
     with tempfile.TemporaryDirectory() as folder:
-        session = open_session(file, subject.threads, profile=Path(folder) / "profile")
+        session = open_session(subject.unet_path, subject.threads, profile=Path(folder) / "profile")
         session.run(None, subject.feed(0))
         events = json.loads(Path(session.end_profiling()).read_text())
     names = {

@@ -42,7 +42,7 @@ def text_rows(subject: Subject) -> Iterator[Check]:
     index = np.zeros((1, slots), dtype=np.int64)
     worst = 1.0
     for i, embeds in enumerate(golden["text_embeds"]):
-        rows = subject.engine.text_rows(embeds[None], index)["rows"][0]
+        rows = subject.engine.text_rows(embeds[None], index, subject.attached)["rows"][0]
         worst = min(worst, cosine(golden["rows"][i], rows))
     yield at_least("text rows cosine", worst, subject.limits.rows_cosine)
 

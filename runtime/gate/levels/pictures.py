@@ -59,7 +59,7 @@ def _drawn_pairs(subject: Subject, extra: int) -> Pairs:
     prompts = [asked[i % len(asked)] for i in range(extra)]
     noises = np.stack([start_noise(100 + i, subject.golden["start_noise"].shape[1:]) for i in range(extra)])
     if extra not in subject.references:
-        other = Pipeline(OrtEngine(subject.sources.reference, subject.threads))
+        other = Pipeline(OrtEngine(subject.sources.reference, subject.threads), subject.chosen)
         subject.references[extra] = _draw(subject, other, prompts, noises)
     drawn = _draw(subject, subject.pipeline, prompts, subject.move(noises))
     return Pairs(subject.references[extra], drawn, prompts)

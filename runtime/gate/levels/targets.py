@@ -21,16 +21,20 @@ def cross_target(subject: Subject, target: str) -> Iterator[Check]:
     index = np.zeros((len(golden["ids"]), slots), dtype=np.int64)
     outputs = {
         "text encoder": [
-            engine.encode(*subject.pipeline.token_ids(subject.prompts)).states for engine in (mine, other)
+            engine.encode(*subject.pipeline.token_ids(subject.prompts), subject.attached).states
+            for engine in (mine, other)
         ],
-        "text rows": [engine.text_rows(golden["text_embeds"], index)["rows"] for engine in (mine, other)],
+        "text rows": [
+            engine.text_rows(golden["text_embeds"], index, subject.attached)["rows"] for engine in (mine, other)
+        ],
         "vae": [engine.decode(golden["latent"]) for engine in (mine, other)],
     }
     for name, (reference, value) in outputs.items():
         yield at_least(f"{name}: {target} beside onnxruntime, SNR dB", snr_db(reference, value), FLOAT_SNR_DB)
     values = []
     for n, (sample, t) in enumerate(zip(golden["sample"], golden["timestep"], strict=True)):
-        denoiser = other.denoiser(subject.conditioning(n), *sample.shape[1:])
+        height, width = sample.shape[1:]
+        denoiser = other.denoiser(subject.conditioning(n), height, width, subject.attached)
         theirs = np.array(denoiser(sample[None], float(t))[0], np.float32)
         values.append(snr_db(subject.noise_pred(subject.conditioning(n), n), theirs))
     # Rounding of another float order flips single integers; the limit is what the integers cost anyway.

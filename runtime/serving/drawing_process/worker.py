@@ -11,16 +11,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
+from weakref import WeakValueDictionary
 
-from personalq.bundle import Manifest
+from personalq.adapters import ADAPTER
+from personalq.bundle import FileEntry, Manifest
 from personalq.errors import PersonalQError
 
+from ...drawing.attaching import Chosen, open_adapter
 from ...drawing.pipeline import Picture, Pipeline, Settings
-from ...engines.engine import open_engine
+from ...engines.engine import Engine, open_engine
 from ...engines.memory import allocated_bytes, memory_bytes
 from ...engines.sessions import is_shared, shared_bytes
 from ...residency import Loaded, Residency
@@ -35,11 +38,12 @@ _REPORT_SECONDS = 1.0
 
 
 class Worker:
-    """Answers frames. key of an engine: '<engine>|<bundle folder>'."""
+    """Answers frames. key of a pipeline: '<engine>|<bundle folder>|<adapter's folder, or nothing>'."""
 
     def __init__(self, options: DrawOptions, out: BinaryIO) -> None:
         self._options = options
         self._store = open_store(options.repository, options.store, options.cache_mb)
+        self._engines: WeakValueDictionary[tuple[str, Path], Engine] = WeakValueDictionary()
         self._out, self._frames = out, queue.SimpleQueue[bytes | None]()
         self._writer = threading.Thread(target=self._write, name="write", daemon=True)
         self._writer.start()
@@ -99,24 +103,35 @@ class Worker:
             return  # nothing to load ahead: the request itself will say why
 
     def _find(self, checkpoint: str, variant: str) -> tuple[str, str]:
-        """Engine key and fall-back reason. variant: 'best', or 'reference' for the unquantised bundle."""
+        """A pipeline's key and fall-back reason. variant: 'best', or 'reference' for the unquantised bundle."""
         found = self._store.find(checkpoint, self._options.target)
-        bundle = found.bundle if variant == "best" else self._store.reference(checkpoint)
-        return f"{found.engine_name}|{bundle}", found.fallback_reason
+        drawn = found if variant == "best" else self._store.reference(checkpoint)
+        return f"{found.engine_name}|{drawn.bundle}|{drawn.adapter or ''}", found.fallback_reason
 
     def _load(self, key: str) -> Loaded[Pipeline]:
-        name, _, bundle = key.partition("|")
-        self._store.ensure(Path(bundle))
+        """A pipeline, over an engine that others with the same base share: it closes with the last of them."""
+        name, bundle, adapter = _parts(key)
+        for folder in (bundle, adapter):
+            if folder is not None:
+                self._store.ensure(folder)
         before = allocated_bytes() - shared_bytes()
-        pipeline = Pipeline(open_engine(name, Path(bundle), self._threads))
+        engine = self._engines.get((name, bundle))
+        is_new = engine is None or not is_engine_unchanged(engine)
+        if engine is None or is_new:
+            engine = open_engine(name, bundle, self._threads)
+            self._engines[name, bundle] = engine
+        pipeline = Pipeline(engine, [] if adapter is None else [Chosen(open_adapter(adapter))])
         took = allocated_bytes() - shared_bytes() - before
-        return Loaded(pipeline, max(took, graph_bytes(pipeline.manifest, shared_graphs(pipeline.manifest))))
+        least = graph_bytes(engine.manifest, shared_graphs(engine.manifest)) if is_new else 0
+        return Loaded(pipeline, max(took, least + adapter_bytes(adapter)))
 
     def _estimate(self, key: str) -> int:
-        manifest = self._store.manifest(Path(key.partition("|")[2]))
-        return graph_bytes(
-            manifest, [file for file in shared_graphs(manifest) if is_shared(manifest, file, self._threads)]
-        )
+        name, bundle, adapter = _parts(key)
+        manifest = self._store.manifest(bundle)
+        if (name, bundle) in self._engines:
+            return adapter_bytes(adapter)
+        open_already = [file for file in shared_graphs(manifest) if is_shared(manifest, file, self._threads)]
+        return graph_bytes(manifest, open_already) + adapter_bytes(adapter)
 
     @property
     def _threads(self) -> int | None:
@@ -141,7 +156,7 @@ class Worker:
         seconds, counts.load_seconds = counts.load_seconds, []
         engines = []
         for key, resident, in_use in self._residency.snapshot():
-            manifest, (engine, _, _) = resident.loaded.value.manifest, key.partition("|")
+            manifest, engine = resident.loaded.value.manifest, _parts(key)[0]
             row: dict[str, Any] = {
                 "checkpoint": manifest.checkpoint.id,
                 "engine": engine,
@@ -160,6 +175,17 @@ class Worker:
         }
 
 
+def _parts(key: str) -> tuple[str, Path, Path | None]:
+    name, bundle, adapter = key.split("|")
+    return name, Path(bundle), Path(adapter) if adapter else None
+
+
+def adapter_bytes(adapter: Path | None) -> int:
+    """What an adapter takes in memory: its matrices, float16 on disk and float32 in the graph's inputs."""
+    file = None if adapter is None else adapter / ADAPTER
+    return 2 * file.stat().st_size if file is not None and file.is_file() else 0
+
+
 def graph_bytes(manifest: Manifest, without: Collection[str] = ()) -> int:
     """Bytes of a bundle's graphs and weights on disk, those of the graphs `without` left out."""
     left_out = {Path(file).stem for file in without}
@@ -174,16 +200,25 @@ def shared_graphs(manifest: Manifest) -> list[str]:
 
 
 def is_unchanged(pipeline: Pipeline) -> bool:
+    """Whether what a pipeline draws with is what it was opened with: its engine's files, and its adapters'."""
+    adapters = [one.opened for one in pipeline.wearing.chosen if one.opened.folder is not None]
+    return is_engine_unchanged(pipeline.engine) and all(
+        have_sizes(one.folder, one.manifest.files) for one in adapters if one.folder is not None
+    )
+
+
+def is_engine_unchanged(engine: Engine) -> bool:
     """Whether the bundle's files still have the sizes they were exported with (the cheap half of the check at opening), and
     what the engine made of them is whole."""
-    bundle = pipeline.engine.bundle
-    for name, entry in pipeline.manifest.files.items():
-        try:
-            if (bundle / name).stat().st_size != entry.bytes:
-                return False
-        except OSError:
-            return False
-    return pipeline.engine.is_whole()
+    return have_sizes(engine.bundle, engine.manifest.files) and engine.is_whole()
+
+
+def have_sizes(folder: Path, files: Mapping[str, FileEntry]) -> bool:
+    """Whether every file of a manifest is there, of its size."""
+    try:
+        return all((folder / name).stat().st_size == entry.bytes for name, entry in files.items())
+    except OSError:
+        return False
 
 
 def is_of_no_prompt(record: logging.LogRecord) -> bool:

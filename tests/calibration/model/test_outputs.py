@@ -20,12 +20,12 @@ def scheduler(repository) -> BaseScheduler:
 @pytest.fixture(scope="module")
 def written(rex, tmp_path_factory) -> Path:
     from calibration.model.pipeline import load_pipeline
-    from calibration.model.reference import write_reference
+    from calibration.model.reference import golden_prompts, write_reference
 
     path = tmp_path_factory.mktemp("reference") / "reference.safetensors"
     pipe, card = load_pipeline(rex, rex.card("rex")), rex.card("rex")
     told = {"steps": 3, "guidance": 2.0, "checkpoint_sha256": "abc", "checked_against": ""}
-    write_reference(pipe, card, path, scheduler=scheduler(rex), **told)
+    write_reference(pipe, golden_prompts(card), path, scheduler=scheduler(rex), **told)
     return path
 
 
