@@ -131,7 +131,7 @@ def main(
         memory = round(memory_mb * 1e6)
 
         def work_in(root: Path) -> Work:
-            return Work(str(root), spec=spec_name(spec), verify=verify, threads=threads)
+            return Work(str(root), spec=spec_name(spec), form="merged", verify=verify, threads=threads)
 
         rows = [row("one process", export(work_in(first), ids, Pool(work_in(first), 1)))]
         wanted = digests(first)

@@ -81,7 +81,7 @@ def test_a_second_checkpoint_goes_from_calibrate_to_a_picture(repository, demo, 
     spec = run(repository, "calibrate", "moss-mug")
     assert spec["policy"] == "taq"
     assert spec["kept_tokens"][0].startswith("<moss-mug>")
-    bundle = run(repository, "export", "moss-mug")
+    bundle = run(repository, "export", "moss-mug", "--form", "merged")
     assert Path(bundle["bundle"], "manifest.json").is_file()
     report = run(repository, "verify", "moss-mug")
     assert report["passed"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ..errors import RepositoryError
@@ -18,6 +19,7 @@ TOKEN_EMBEDDING = "embeddings.token_embedding.weight"  # of a text encoder
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}  # a text encoder's is 'model'
 _STEMS = ("diffusion_pytorch_model", "model")
 _VARIANTS = ("", ".fp16", ".bf16", ".non_ema")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json")
 _OLD_VAE = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -129,7 +131,16 @@ def _parameter(component: str, key: str) -> str:
 
 def read_vocabulary(base_dir: Path) -> frozenset[str]:
     """Every entry of the tokenizer, added tokens included; empty when the folder has no tokenizer."""
-    return frozenset(read_token_ids(base_dir / "tokenizer"))
+    folder = base_dir / "tokenizer"
+    files = [file for name in _TOKENIZER_FILES if (file := folder / name).is_file()]
+    stats = [file.stat() for file in files]
+    return _vocabulary(folder, tuple((one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for one in stats))
+
+
+@lru_cache(maxsize=4)
+def _vocabulary(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> frozenset[str]:
+    """The entries, kept: CLIP's take 50 ms to read, and a checkpoint's files are opened several times in a row."""
+    return frozenset(read_token_ids(folder)) if stamps else frozenset()
 
 
 def read_token_ids(folder: Path, name: str = "tokenizer.json") -> dict[str, int]:

@@ -161,11 +161,11 @@ def test_a_run_that_was_killed_goes_on_where_it_was(many: Path, sequential: dict
 
 def test_what_was_verified_is_noted_and_what_fails_the_gate_is_a_failure(many: Path, tmp_path: Path) -> None:
     root = fresh_copy(many, tmp_path / "repository").root
-    work = Work(str(root), threads=1, verify="obedience")
+    work = Work(str(root), form="merged", threads=1, verify="obedience")
     first = run_task(work, Task("checkpoint", "rex"))
     assert (first.state, first.spec, first.verified) == ("done", "taq-w8a8", "obedience"), first.reason
     assert run_task(work, Task("checkpoint", "rex")).state == "reused"
-    further = run_task(Work(str(root), threads=1, verify="numerics"), Task("checkpoint", "rex"))
+    further = run_task(replace(work, verify="numerics"), Task("checkpoint", "rex"))
     assert (further.state, further.verified) == ("done", "numerics"), further.reason
     bundle = root / "bundles" / first.bundle
     graph = bundle / "unet.ort.onnx"
@@ -177,7 +177,7 @@ def test_what_was_verified_is_noted_and_what_fails_the_gate_is_a_failure(many: P
     reference = root / "specs" / "rex" / "reference.safetensors"
     spoil(reference)  # other goldens: another bundle, and one that does not compute them
     for _ in range(2):
-        wrong = run_task(Work(str(root), threads=1, verify="numerics"), Task("checkpoint", "rex"))
+        wrong = run_task(replace(work, verify="numerics"), Task("checkpoint", "rex"))
         assert (wrong.state, wrong.step, wrong.is_final) == ("failed", "verify", True)
         assert wrong.reason.startswith("FAILED rex") and "unet" in wrong.reason
 
@@ -207,12 +207,13 @@ def spoil(goldens: Path) -> None:
 @pytest.mark.slow
 def test_a_checkpoint_without_a_spec_is_calibrated_first_and_only_once(many: Path, tmp_path: Path) -> None:
     root = fresh_copy(many, tmp_path / "repository").root
-    data, code = export(root, "--ids", write_ids(tmp_path, "one"), "--workers", "1", "--verify", "obedience")
+    asked = ("--ids", write_ids(tmp_path, "one"), "--form", "merged", "--workers", "1", "--verify", "obedience")
+    data, code = export(root, *asked)
     assert code == 0, data["failed"]
     row = data["done"][0]
     assert (row["spec"], row["verified"]) == ("taq-w8a8", "obedience") and row["calibrate_s"] > 0
     assert (root / "specs" / "one" / "reference.safetensors").is_file()
-    again, _ = export(root, "--ids", write_ids(tmp_path, "one"), "--workers", "1", "--verify", "obedience")
+    again, _ = export(root, *asked)
     assert [row["id"] for row in again["reused"]] == ["one"] and "calibrate_s" not in again["reused"][0]
 
 
