@@ -184,9 +184,7 @@ def differences(rows: list[Row]) -> list[dict[str, Any]]:
 
     Paired by picture, 95 % intervals over checkpoints; lowest: the checkpoint with the lowest mean.
     """
-    merged = {
-        (row["checkpoint"], _bits(row)): row for row in rows if row["form"] == "merged" and row["policy"] != "fp32"
-    }
+    merged = {(row["checkpoint"], row["policy"]): row for row in rows if row["form"] == "merged"}
     groups = dict.fromkeys((row["form"], row["policy"], row["seen"]) for row in rows if row["form"] != "merged")
     result = []
     for form, policy, seen in groups:

@@ -202,6 +202,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     "--out", type=click.Path(path_type=Path), help="write the JSON here; checkpoints it already holds are kept"
 )
 @click.option("--forms", is_flag=True, help="attached beside merged, over bases calibrated here: docs/adapters.md")
+@click.option("--samples", default=8, show_default=True, help="with --forms: of a base's calibration")
 @click.option("--work", type=click.Path(path_type=Path), help="with --forms: where bases are kept for the next run")
 @click.option(
     "--merged-from", type=click.Path(path_type=Path, exists=True), help="with --forms: merged rows of this file"
