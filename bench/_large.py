@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from safetensors.numpy import save_file
 
 from exporters.graphs.family import Family, open_family
 from exporters.plain import row_layers, unquantised_spec
@@ -28,6 +29,7 @@ from personalq.weights.checkpoint import open_weights
 BASE, CHECKPOINTS = "base", ("first", "next")
 WEIGHTS = "model.safetensors"
 WEIGHTS_OF = {"w8a8": INT8, "w7a8": INT7}
+LORA_TARGETS = (".to_q", ".to_k", ".to_v", ".to_out.0")
 POOL = 1 << 24  # normals drawn once; every tensor is a window of them
 
 _UNET = {
@@ -123,7 +125,7 @@ class Large:
     family: Family
 
     def spec(self, checkpoint: str, name: str) -> Path:
-        """The checkpoint's spec: 'w8a8', 'w7a8', or unquantised 'fp32' or 'fp16'."""
+        """The spec of a checkpoint, or of the base: 'w8a8', 'w7a8', or unquantised 'fp32' or 'fp16'."""
         folder = self.repository.root / "specs" / checkpoint
         path = folder / f"{name}.json"
         if not path.is_file():
@@ -132,16 +134,16 @@ class Large:
         return path
 
     def _plain(self, checkpoint: str, name: str) -> SpecFile:
-        base = self.repository.root / "bases" / BASE
-        sha256 = weights_sha256(base, self.repository.checkpoint_dir(checkpoint))
+        whole = self.repository.whole(checkpoint)
+        sha256 = weights_sha256(whole.base_dir, whole.checkpoint_dir)
         return unquantised_spec(self.family, checkpoint, sha256, name)
 
     def _quantised(self, checkpoint: str, bits: str) -> SpecFile:
         """Everything but the first and last convolution, weights by absmax, activations in 8 bits by a fixed scale."""
         weight = WEIGHTS_OF[bits]
         plain = self._plain(checkpoint, "fp16").spec
-        base = self.repository.root / "bases" / BASE
-        unet = open_weights(base, self.repository.checkpoint_dir(checkpoint), "dreambooth").component("unet")
+        whole = self.repository.whole(checkpoint)
+        unet = open_weights(whole.base_dir, whole.checkpoint_dir, "dreambooth").component("unet")
         layers, tensors = {}, {}
         for name, layer in plain.layers.items():
             if name in ("conv_in", "conv_out"):
@@ -151,7 +153,8 @@ class Large:
             tensors[f"{name}.weight_scale"] = absmax_scale(unet.read(f"{name}.weight"), weight, 0)
             tensors[f"{name}.input_scale"] = np.float32(6 / 127)
             tensors[f"{name}.output_scale"] = np.float32(6 / 127)
-        rows = RowsSpec(kept=KeptTokens(slots=8, bos=True), layers=tuple(row_layers(self.family)))
+        kept = KeptTokens(slots=8, bos=True, of_adapter=("trigger",) if whole.is_base else ())
+        rows = RowsSpec(kept=kept, layers=tuple(row_layers(self.family)))
         fields = {"name": bits, "policy": "fixed", "bits": bits, "layers": layers, "rows": rows}
         return SpecFile(plain.model_copy(update=fields), {k: np.asarray(v) for k, v in tensors.items()})
 
@@ -181,6 +184,27 @@ def build(folder: Path, arch: str, progress: Callable[[str], None]) -> Large:
         card = {"id": name, "name": name, "kind": "dreambooth", "base": BASE, "trigger": ["sks"], "class_noun": "dog"}
         (folder / "checkpoints" / name / "card.json").write_text(json.dumps(card))
     return Large(Repository.open(folder), family)
+
+
+def write_lora(large: Large, name: str, rank: int, seed: int, targets: Sequence[str] = LORA_TARGETS) -> None:
+    """checkpoints/<name>: a random LoRA over every attention, alpha = rank, as kohya-ss names it, float16."""
+    folder = large.repository.root / "checkpoints" / name
+    if (folder / "card.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    unet = open_weights(large.repository.root / "bases" / BASE, None, "dreambooth").component("unet")
+    random, tensors = np.random.default_rng(seed), {}
+    for parameter in unet.names():
+        layer, shape = parameter.removesuffix(".weight"), unet.shape(parameter)
+        if len(shape) != 2 or not layer.endswith(tuple(targets)):
+            continue
+        where = f"lora_unet_{layer.replace('.', '_')}"
+        tensors[f"{where}.lora_down.weight"] = random.standard_normal((rank, shape[1])) / shape[1] ** 0.5
+        tensors[f"{where}.lora_up.weight"] = random.standard_normal((shape[0], rank)) * 0.02
+        tensors[f"{where}.alpha"] = np.array(rank)
+    save_file({key: value.astype(np.float16) for key, value in tensors.items()}, folder / f"{name}.safetensors")
+    card = {"id": name, "name": name, "kind": "lora", "base": BASE, "trigger": ["sks"], "class_noun": "dog"}
+    (folder / "card.json").write_text(json.dumps(card))
 
 
 def write_configs(base: Path, arch: str) -> None:
