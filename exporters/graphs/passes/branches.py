@@ -21,6 +21,7 @@ ADAPTERS = "adapters"
 # What most adapters change; the rest of a UNet's layers cost a step more than they are asked for.
 NARROW = ".attentions."
 _TO_CHANNELS, _TO_TOKENS, _TURN = (0, 3, 1, 2), (0, 2, 3, 1), (0, 2, 1)
+_ALL = 1 << 40  # pixels: more than any picture has
 _PATH = {"Cast", "Unsqueeze"}  # what a bias may pass through
 
 
@@ -89,13 +90,21 @@ class _Branch:
         self.factor, self.dtype = factor, dtype
 
     def add(self) -> None:
-        """Add the branch to what the layer gives, bias and quantiser included."""
-        form = self._linear if self.place.op == "linear" else self._convolution
+        """Add the branch to what the layer gives, its output's quantiser included; where it has a bias, in its place.
+
+        A bias is added either way, so that the branch costs no Add more, and at rank 0, where it is one row, nothing large.
+        """
         result = self._result()
-        if self.place.op == "conv" and (turned := _only_reader(result, "Transpose", _TO_TOKENS)) is not None:
+        bias = result.producer()
+        if self.place.op == "linear" and self.branches.rank is None and bias is not None and self._is_bias(bias):
+            index = next(i for i, value in enumerate(bias.inputs) if value is not None and self._is_bias_value(value))
+            bias.replace_input_with(index, self._linear(bias.inputs[index]))
+            return
+        if self.place.op == "conv" and (turned := _only_reader(result, _TO_TOKENS)) is not None:
             result = turned.outputs[0]
         readers = [(use.node, use.idx) for use in result.uses()]
-        total = self.build("Add", result, form(result))
+        branch = self._linear(None) if self.place.op == "linear" else self._convolution(result)
+        total = self.build("Add", result, branch)
         total.type, total.shape = result.type, result.shape
         for reader, index in readers:
             reader.replace_input_with(index, total)
@@ -103,15 +112,32 @@ class _Branch:
             total.name, result.name = result.name, f"{result.name}_plain"
             self.graph.outputs[list(self.graph.outputs).index(result)] = total
 
-    def _linear(self, _: ir.Value) -> ir.Value:
+    def _linear(self, bias: ir.Value | None) -> ir.Value:
+        """s (x down) up, and the bias: one more row of `up`, beside one more column of ones."""
         n, k = self.place.weight
         down, up = self._inputs((ADAPTERS, k, self._rank()), (ADAPTERS, self._rank(), n))
         x, sides = self._read()
-        if sides == 3:
-            return self.build("MatMul", self._scaled(self.build("MatMul", x, down)), up)
-        axis = self._vector(1)
-        reduced = self.build("MatMul", self.build("Unsqueeze", x, axis), down)
-        return self.build("Squeeze", self.build("MatMul", self._scaled(reduced), up), axis)
+        axis, end = self._vector(1), self._end(up, 1) if sides == 3 else None
+        rows = x if sides == 3 else self.build("Unsqueeze", x, axis)
+        narrow = self._few(self._scaled(self.build("MatMul", rows, down)), end)
+        if bias is not None:
+            one = self.build.constant(np.ones((), self.dtype.numpy()))
+            narrow = self.build("Pad", narrow, self._vector(0, 0, 0, 0, 0, 1), one)
+            each = self.build("Concat", self.build("Shape", up, start=0, end=1), self._vector(1, n), axis=0)
+            up = self.build("Concat", up, self.build("Expand", bias, each), axis=1)
+        wide = self.build("MatMul", narrow, up)
+        return wide if sides == 3 else self.build("Squeeze", wide, axis)
+
+    def _end(self, up: ir.Value, axis: int) -> ir.Value | None:
+        """How many pixels the branch gives, at most: 1 at rank 0, else all; None: all, whatever the rank is."""
+        if self.branches.rank is not None:
+            return None
+        rank = self.build("Shape", up, start=axis, end=axis + 1)
+        return self.build("Add", self.build("Mul", rank, self._vector(_ALL)), self._vector(1))
+
+    def _few(self, narrow: ir.Value, end: ir.Value | None) -> ir.Value:
+        """x down (B,pixels,r) before it is widened: of nothing but zeros one row is enough, and Add repeats it."""
+        return narrow if end is None else self.build("Slice", narrow, self._vector(0), end, self._vector(1))
 
     def _convolution(self, result: ir.Value) -> ir.Value:
         """1x1: products over channels, on whichever side of a Transpose the pixels are: none is turned for the branch's sake.
@@ -126,11 +152,11 @@ class _Branch:
         to_tokens = is_turned or (producer is not None and producer.op_type == "DequantizeLinear")
         down, up = self._inputs((ADAPTERS, rank, c) if is_1x1 else (rank, c, *kernel), (ADAPTERS, n, rank))
         reduced = self._reduce(down, c) if is_1x1 else self._reduce_kernel(down)
-        narrow = self._scaled(reduced.value)
+        narrow, end = self._scaled(reduced.value), self._end(up, 2) if to_tokens else None
         if reduced.is_turned != to_tokens:
             narrow = self.build("Transpose", narrow, perm=_TURN)
-        factors = (narrow, self.build("Transpose", up, perm=_TURN)) if to_tokens else (up, narrow)
-        wide = self.build("Reshape", self.build("MatMul", *factors), self._sides(reduced, n, to_tokens))
+        factors = (self._few(narrow, end), self.build("Transpose", up, perm=_TURN)) if to_tokens else (up, narrow)
+        wide = self.build("Reshape", self.build("MatMul", *factors), self._sides(reduced, n, end, to_tokens))
         return self.build("Transpose", wide, perm=_TO_CHANNELS) if to_tokens and not is_turned else wide
 
     def _reduce(self, down: ir.Value, c: int) -> "_Reduced":
@@ -153,8 +179,8 @@ class _Branch:
         shape = self.build("Mul", self._vector(0, 0, 1), pixels)
         return _Reduced(self.build("Reshape", small, shape), False, small)
 
-    def _sides(self, reduced: "_Reduced", n: int, to_tokens: bool) -> ir.Value:
-        """The result's shape: (0,n,h,w), or (0,h,w,n) for `to_tokens`; 0 is the batch.
+    def _sides(self, reduced: "_Reduced", n: int, end: ir.Value | None, to_tokens: bool) -> ir.Value:
+        """The result's shape: (0,n,h,w), or (0,h,w,n) for `to_tokens`; 0 is the batch; h and w are `end` at most.
 
         From the branch's own source: a Shape of the result would be one more reader of a quantised Conv, whose kernel then
         has to dequantise twice.
@@ -163,6 +189,7 @@ class _Branch:
         order = (0, height, width, 0) if to_tokens else (0, 0, height, width)
         is_side, side = ((0, 1, 1, 0), (0, 0, 0, n)) if to_tokens else ((0, 0, 1, 1), (0, n, 0, 0))
         sides = self.build("Gather", self.build("Shape", reduced.source), self._vector(*order), axis=0)
+        sides = sides if end is None else self.build("Min", sides, end)
         return self.build("Add", self.build("Mul", sides, self._vector(*is_side)), self._vector(*side))
 
     def _inputs(self, *shapes: tuple[int | str, ...]) -> list[ir.Value]:
@@ -208,9 +235,10 @@ class _Branch:
         return (node.name or "").startswith(f"{self.layer.name}_")
 
     def _is_bias(self, node: ir.Node) -> bool:
-        return node.op_type == "Add" and any(
-            _source(value).name == f"{self.layer.name}.bias" for value in node.inputs if value is not None
-        )
+        return node.op_type == "Add" and any(self._is_bias_value(value) for value in node.inputs if value is not None)
+
+    def _is_bias_value(self, value: ir.Value) -> bool:
+        return _source(value).name == f"{self.layer.name}.bias"
 
 
 def _source(value: ir.Value) -> ir.Value:
@@ -224,9 +252,10 @@ def _made_by(value: ir.Value | None, op: str) -> ir.Node | None:
     return node if node is not None and node.op_type == op else None
 
 
-def _only_reader(value: ir.Value, op: str, perm: tuple[int, ...]) -> ir.Node | None:
+def _only_reader(value: ir.Value, perm: tuple[int, ...]) -> ir.Node | None:
+    """The Transpose by `perm` that alone reads a value."""
     uses = list(value.uses())
-    return uses[0].node if op == "Transpose" and len(uses) == 1 and _turns(uses[0].node, perm) else None
+    return uses[0].node if len(uses) == 1 and _turns(uses[0].node, perm) else None
 
 
 def _turns(node: ir.Node, perm: tuple[int, ...]) -> bool:
