@@ -101,7 +101,9 @@ def calibrate(
     if checked:
         progress("running the FP32 reference", 0.0)
         told = {"checkpoint_sha256": sha256, "checked_against": checked, **settings.sampling()}
-        prompts = base_golden_prompts(whole.base_dir) if whole.is_base else golden_prompts(card)
+        prompts = golden_prompts(card)
+        if whole.is_base:  # two pictures of many steps would take longer than all the rest at SD1.5's size
+            prompts, told["steps"] = base_golden_prompts(whole.base_dir), min(settings.steps, options.steps)
         write_reference(evidence.pipe, prompts, reference, scheduler=settings.scheduler, **told)
     checked = metadata_of(reference).get("checked_against", "not recorded")
     spec_file, kept = build_spec(repository, card, evidence, options, checked)

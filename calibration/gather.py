@@ -82,17 +82,18 @@ def gather(
     whole = repository.whole(card.id)
     choice = choice or choice_of(repository, whole, options)
     pipe = load_pipeline(repository, card)
-    parts: tuple[Part, ...] = ()
-    if options.policy not in FLOAT_POLICIES:
-        parts = (
-            mixture_of(repository, whole, choice, options)
-            if whole.is_base
-            else (part_of(whole, options.samples, options),)
-        )
+    parts = () if options.policy in FLOAT_POLICIES else parts_of(repository, whole, choice, options)
     recipe = Recipe(parts, options.steps, settings_of(whole).guidance, options.seed)
     saved = repository.root / "specs" / folder_name(card.id) / STATISTICS
     wardrobe = {one.card.id: one for one in choice.over}
     return Evidence(pipe, recipe, progress, lambda id_: dressed(pipe, wardrobe[id_]), saved, checkpoint_sha256(whole))
+
+
+def parts_of(repository: Repository, whole: Whole, choice: Choice, options: CalibrateOptions) -> tuple[Part, ...]:
+    """What is run: a checkpoint over its own prompts, or a base's mixture."""
+    return (
+        mixture_of(repository, whole, choice, options) if whole.is_base else (part_of(whole, options.samples, options),)
+    )
 
 
 def part_of(whole: Whole, samples: int, options: CalibrateOptions) -> Part:
@@ -105,13 +106,12 @@ def mixture_of(repository: Repository, base: Whole, choice: Choice, options: Cal
     """The base as it is over prompts of its own, then as each checkpoint makes it over prompts of that checkpoint's."""
     cards = [card for card in repository.cards() if card.base == base.card.id]
     own = Part(tuple(own_prompts(base.base_dir, cards, 2 * options.samples, options.seed)))
-    named = (
-        replace(
-            part_of(one, max(options.samples // 2, 1), options), checkpoint=one.card.id, sha256=checkpoint_sha256(one)
-        )
+    few = max(options.samples // 2, 1)
+    attached = (
+        replace(part_of(one, few, options), checkpoint=one.card.id, sha256=checkpoint_sha256(one))
         for one in choice.over
     )
-    return (own, *named)
+    return (own, *attached)
 
 
 def over_of(evidence: Evidence) -> dict[str, str]:

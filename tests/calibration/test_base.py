@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
@@ -18,6 +19,7 @@ from calibration.model.reference import start_noise
 from calibration.rounding.gptq import columns
 from calibration.statistics import evidence as evidences
 from calibration.statistics.evidence import Evidence, Part, Recipe
+from cli import cli
 from personalq.errors import RepositoryError, SpecError
 from personalq.repository import Repository
 from personalq.repository.identity import weights_sha256
@@ -250,3 +252,31 @@ def test_a_checkpoint_that_cannot_be_read_is_left_out_and_said(repository, tmp_p
 def test_parts_are_plain_values_for_the_key() -> None:
     recipe = Recipe((Part(("a",)), Part(("b", "c"), ((1,),), checkpoint="x", sha256="y")), 2, 1.0, 0)
     assert recipe.prompts == ("a", "b", "c")
+
+
+def test_the_command_says_over_which_checkpoints(repository) -> None:
+    words = ("calibrate", "--base", "tiny", "--over", "rex, pot", "--policy", "rtn", "--samples", "2", "--steps", "2")
+    ran = CliRunner().invoke(cli, ["--repo", str(repository.root), *words, "--json"])
+    assert ran.exit_code == 0, ran.output
+    said = json.loads(ran.stdout)
+    assert said["over"] == ["rex", "pot"]
+    assert Path(said["spec"]) == repository.root / "specs" / "tiny" / "rtn-w8a8.json"
+    today = {"policy", "bits", "kept_tokens", "layers", "checked_against", "seconds", "peak_rss_bytes"}
+    assert said.keys() == {"spec", "over", "left_out"} | today
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["rex", "--base", "tiny"], 2, "name one checkpoint's ID, or a base with --base ID"),
+        ([], 2, "name one checkpoint's ID, or a base with --base ID"),
+        (["--base", "rex"], 2, "--base: must be one of"),
+        (["--base", "tyni"], 1, "checkpoint 'tyni': must be an id in"),
+        (["rex", "--over", "pot"], 1, "over: must be given with a base"),
+    ],
+    ids=["both", "neither", "a checkpoint as base", "unknown", "over a checkpoint"],
+)
+def test_the_command_refuses_in_one_line(repository, words: list[str], code: int, said: str) -> None:
+    ran = CliRunner().invoke(cli, ["--repo", str(repository.root), "calibrate", *words])
+    assert ran.exit_code == code
+    assert said in ran.stderr

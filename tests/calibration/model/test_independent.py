@@ -132,6 +132,26 @@ def test_what_diffusers_cannot_load_is_said_in_one_line(
     assert said == f"not checked: {TOOL} does not load it (KeyError: 'to_k\\nof nothing')"
 
 
+def test_what_our_own_reader_fails_at_is_not_said_of_diffusers(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("of ours")
+
+    card = written(repository, "lora", kohya)
+    monkeypatch.setattr("calibration.model.independent.read_settings", fails)
+    with pytest.raises(ValueError, match="of ours"):
+        checked_against(repository, card)
+
+
+def test_a_base_is_compared_as_it_is(repository: Repository) -> None:
+    base = repository.whole("tiny").card
+    assert checked_against(repository, base) == TOOL
+    folder = repository.root / "bases" / "tiny" / "unet"
+    file = folder / "diffusion_pytorch_model.safetensors"
+    assert load_pipeline(repository, base).unet.conv_in.weight.equal(load_file(file)["conv_in.weight"])
+
+
 def test_the_spec_says_what_its_reference_was_checked_against(repository: Repository) -> None:
     written(repository, "textual_inversion", embedding)
     made = calibrate(Repository.open(repository.root), "one", CalibrateOptions(policy="fp32"))
