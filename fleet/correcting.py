@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 def corrected(repository: "Repository", checkpoint_id: str, rank: int, progress: Report) -> Corrected:
     """The correction of the rounding that the base's engine does. Raises SpecError when the base has no spec."""
-    from calibration.correction import correct
+    from calibration.calibrate import CalibrateOptions
+    from calibration.correction import correction
 
     spec = base_spec(repository, checkpoint_id)
-    branches = correct(repository, checkpoint_id, spec, rank, progress)
+    branches = correction(repository, spec, checkpoint_id, rank, CalibrateOptions(), progress)
     return Corrected(branches, Correction(spec_sha256=read_spec(spec).content_sha256(), rank=rank))
 
 
