@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,6 +24,7 @@ from typing import Any
 import click
 import numpy as np
 
+from bench import _forms
 from bench._quality_report import Row, differences, markdown, plot, table
 from personalq.numerics import psnr_db
 from personalq.repository.atomic import write_atomic
@@ -199,14 +201,40 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="write the JSON here; checkpoints it already holds are kept"
 )
+@click.option("--forms", is_flag=True, help="attached beside merged, over bases calibrated here: docs/adapters.md")
+@click.option("--samples", default=8, show_default=True, help="with --forms: of a base's calibration")
+@click.option("--work", type=click.Path(path_type=Path), help="with --forms: where bases are kept for the next run")
+@click.option(
+    "--merged-from", type=click.Path(path_type=Path, exists=True), help="with --forms: merged rows of this file"
+)
 def main(
-    repo: Path, policies: str, checkpoints: str, prompts: int, seeds: int, quick: bool, jobs: int, out: Path | None
+    repo: Path,
+    policies: str,
+    checkpoints: str,
+    prompts: int,
+    seeds: int,
+    quick: bool,
+    jobs: int,
+    out: Path | None,
+    forms: bool,
+    work: Path | None,
+    merged_from: Path | None,
+    samples: int,
 ) -> None:
     """Measure quality over the gallery; a table, then one JSON object as the last line."""
     from personalq.repository import Repository
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker: more would only wait for each other
     started = time.perf_counter()
+    if forms:
+        with tempfile.TemporaryDirectory(prefix="personalq-forms-") as scratch:
+            size = (3, 1) if quick else (prompts, seeds)
+            asked = _forms.Forms(
+                repo.resolve(), work or Path(scratch), tuple(policies.split(",")), *size, samples, merged_from
+            )
+            measured = _forms.run(asked, checkpoints.split(",") if checkpoints else [], jobs, out)
+        finish_forms(asked, measured, started, out)
+        return
     plan = Plan(repo, tuple(policies.split(",")), 3 if quick else prompts, 1 if quick else seeds)
     repository = Repository.open(repo)
     wanted = (
@@ -244,6 +272,24 @@ def main(
         plot(rows, metric, out.with_name(f"{out.stem}_{metric.removesuffix('_db')}.png"))
     if out:
         write_atomic(out.with_suffix(".md"), markdown(rows, summary["differences"]).encode())
+        write_atomic(out, (json.dumps(summary) + "\n").encode())
+    click.echo(json.dumps(summary))
+
+
+def finish_forms(plan: _forms.Forms, rows: list[Row], started: float, out: Path | None) -> None:
+    """Print the table and the summary, and write it where it was asked for."""
+    click.echo("\n".join(_forms.table(rows)))
+    summary = {
+        "bench": "quality",
+        "forms": True,
+        "plan": plan.key,
+        "rows": rows,
+        "differences": _forms.differences(rows),
+        "seconds": round(time.perf_counter() - started, 1),
+        "machine": f"{platform.machine()} {platform.system()}",
+        "versions": {name: version(name) for name in ("onnxruntime", "torch", "diffusers")},
+    }
+    if out:
         write_atomic(out, (json.dumps(summary) + "\n").encode())
     click.echo(json.dumps(summary))
 

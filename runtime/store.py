@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from personalq.adapters import AdapterManifest
 from personalq.bundle import MANIFEST, Manifest, read_manifest
 from personalq.errors import EngineError
 from personalq.repository.remote import Remote
@@ -156,8 +157,16 @@ class Store:
             self._cache.ensure(bundle)
 
     def _remote(self, checkpoint_id: str) -> list[tuple[Path, Path | None]]:
+        """What a remote store has of a checkpoint: its own engine, or its adapter and its base's engine, here or there."""
         found = None if self._cache is None else self._cache.find(checkpoint_id)
-        return [] if found is None else [(found, None)]
+        if found is None or self._cache is None:
+            return []
+        manifest = self._cache.any_manifest(found)
+        if not isinstance(manifest, AdapterManifest):
+            return [(found, None)]
+        here = self._current().bases(manifest.base_sha256)
+        base = here[0].bundle if here else self._cache.find_base(manifest.base_sha256)
+        return [] if base is None else [(base, found)]
 
     def _current(self) -> _Table:
         """A bundle is renamed into the folder whole, so the folder's modification time says whether the table is current."""

@@ -30,7 +30,10 @@ def missing(target: str) -> str:
 
 def misfit(bundle: Path, target: str, adapter: Path | None = None) -> str:
     """Why a bundle, with an adapter beside it, cannot run on this target here; '' when it can."""
-    if adapter is not None and target in NARROW and is_wide(bundle, adapter):
+    is_here = (
+        adapter is not None and (adapter / ADAPTER).is_file()
+    )  # one that is still in a store says it when it is opened
+    if adapter is not None and is_here and target in NARROW and is_wide(bundle, adapter):
         return f"{TITLES[target]} takes adapters of attention layers alone, and this one changes others too"
     if target not in NEEDS_PLAN:
         return ""

@@ -102,8 +102,9 @@ def own_prompts(base_dir: Path, cards: Sequence[Card], count: int, seed: int = 0
 
 
 def base_golden_prompts(base_dir: Path) -> list[str]:
-    """The empty prompt, then two that are far apart in the base's own."""
-    return ["", *spread(list(dict.fromkeys([*written_prompts(base_dir), *BROAD[:2]])), 2, 0)]
+    """The empty prompt, then two of the base's own that differ."""
+    written = written_prompts(base_dir)
+    return ["", *spread(written if len(written) > 1 else [*written, *BROAD[:2]], 2, 0)]
 
 
 def written_prompts(base_dir: Path) -> list[str]:

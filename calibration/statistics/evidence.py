@@ -8,7 +8,7 @@ One pass over the seeded prompts (all steps, both halves of guidance) gives rang
 points for sensitivity. Hessians take a second pass. Nothing here depends on a policy, so policies share it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -179,7 +179,8 @@ class Watcher:
     def start(self, part: Part, prompt: str) -> None:
         """Start a prompt: record its rows and the classes of its tokens."""
         pipe = self.evidence.pipe
-        self.weights = self.weights if part is self.part else None  # another checkpoint's trigger weighs nothing here
+        if part is not self.part and self.weights is not None:
+            self.weights = torch.ones_like(self.weights)  # another checkpoint's trigger weighs nothing here
         self.part = part
         ids, told = encode(pipe, ["", prompt])
         eos = pipe.tokenizer.eos_token_id
@@ -219,32 +220,49 @@ class Watcher:
             self.kept.append((sample, timestep, *told, self.weights[kept].clone()))
         self.calls += 1
 
+    def has_turn(self) -> bool:
+        """Whether this is an HESSIAN_EVERY-th step; not the same steps of every prompt, however many steps it has."""
+        steps = self.evidence.recipe.steps
+        shift = self.calls // steps if steps % HESSIAN_EVERY == 0 else 0
+        return (self.calls + shift) % HESSIAN_EVERY == 0
+
     def points(self) -> Points:
         return Points(*(torch.cat(parts) for parts in zip(*self.kept, strict=True)))
 
 
 def collect_hessians(evidence: Evidence) -> dict[str, dict[str, Hessian]]:
-    """A second pass: inputs' second moments of every layer, plain and weighted by the trigger's attention of the last step.
-
-    The weights of a step come from the step before it (attention changes slowly), so that one forward pass is enough.
-    """
+    """A second pass: inputs' second moments of every layer, plain and weighted by the trigger's attention of the last step."""
     modules = {
         name: module
         for name, module in quantisable_layers(evidence.pipe.unet).items()
         if module.weight[0].numel() <= LARGEST_HESSIAN
     }
     result = {kind: {name: Hessian.empty(m) for name, m in modules.items()} for kind in ("plain", "trigger")}
+
+    def note(name: str, x: Tensor, weights: Tensor) -> None:
+        matrix = columns(modules[name], x)
+        result["plain"][name].add(matrix, None)
+        result["trigger"][name].add(matrix, pixel_weights(weights, matrix.shape[0], matrix.shape[1]))
+
+    watch_inputs(evidence, modules, note)
+    return result
+
+
+def watch_inputs(
+    evidence: Evidence, modules: Mapping[str, nn.Module], note: Callable[[str, Tensor, Tensor], None]
+) -> None:
+    """Run all prompts; at every HESSIAN_EVERY-th step note(layer, its input, the trigger's weights (B,1,h,w)).
+
+    The weights of a step come from the step before it (attention changes slowly), so that one forward pass is enough.
+    """
     watcher = Watcher(evidence)
 
     def hook(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
-            if watcher.calls % HESSIAN_EVERY or watcher.weights is None:
-                return
-            x = columns(module, args[0])
-            result["plain"][name].add(x, None)
-            result["trigger"][name].add(x, pixel_weights(watcher.weights, x.shape[0], x.shape[1]))
+        def noted(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
+            if watcher.has_turn() and watcher.weights is not None:
+                note(name, args[0], watcher.weights)
 
-        return note
+        return noted
 
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
@@ -253,7 +271,6 @@ def collect_hessians(evidence: Evidence) -> dict[str, dict[str, Hessian]]:
     finally:
         for handle in handles:
             handle.remove()
-    return result
 
 
 def pixel_weights(weights: Tensor, batch: int, n_pixels: int) -> Tensor | None:

@@ -156,9 +156,7 @@ def _filled(arrays: Sequence[Array]) -> Array:
 def _pair(where: str, parts: Sequence[tuple[Branch, float]], place: BranchPlace | None) -> Pair:
     """The branches of one layer, one after the other along the rank."""
     if place is None:
-        raise EngineError(
-            f"{where}: must be a layer of this base's engine, got none that takes an adapter; export the base again"
-        )
+        raise EngineError(f"{where}: must be a layer whose graph takes an adapter, got none; export the base again")
     for branch, _ in parts:
         wanted, found = tuple(place.weight), branch.weight_shape
         if wanted != found:

@@ -200,3 +200,34 @@ def test_expansion_is_that_of_diffusers(tokenizer: Tokenizer) -> None:
     assert tokenizer.expand("a photo of <moss-mug> in the snow") == f"a photo of {whole} in the snow"
     assert tokenizer.expand("two <moss-mug> and a<moss-mug>") == f"two {whole} and a{whole}"
     assert tokenizer.expand("no trigger") == "no trigger"
+
+
+LEARNED = ["<moss>", "<moss>_1", "<Rex-Dog>", "s1z2", "ünïcode"]
+WITH_LEARNED = [
+    "a photo of <moss> <moss>_1 in the snow",
+    "<moss>",
+    "a <MOSS>dog, <moss>_1<moss>_2 and<rex-dog>",
+    "s1z2s1z2 S1Z2x as1z2",
+    "a ÜNÏCODE dog  \t with ünïcode",
+    "nothing learned here, (brackets) and 'quotes' don't matter",
+    "",
+]
+
+
+@pytest.mark.parametrize("prompt", WITH_LEARNED)
+def test_learned_tokens_are_found_as_tokenizers_finds_added_ones(prompt: str, tokenizer: Tokenizer) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_file(str(FILE))
+    first = theirs.get_vocab_size(with_added_tokens=True)
+    theirs.add_tokens(LEARNED)
+    ours = Tokenizer(
+        FILE, TEXT.model_copy(update={"expansions": {}}), {one: first + i for i, one in enumerate(LEARNED)}
+    )
+    assert [theirs.token_to_id(one) for one in LEARNED] == [first + i for i in range(len(LEARNED))]
+    assert list(ours.token_ids(prompt)) == theirs.encode(prompt, add_special_tokens=False).ids
+
+
+def test_a_tokenizer_with_learned_tokens_leaves_the_others_alone(tokenizer: Tokenizer) -> None:
+    before = tokenizer.token_ids("a <moss> dog")
+    Tokenizer(FILE, TEXT, {"<moss>": 60000}).encode("a <moss> dog")
+    assert tokenizer.token_ids("a <moss> dog") == before
