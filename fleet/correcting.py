@@ -27,7 +27,7 @@ def corrected(repository: "Repository", checkpoint_id: str, rank: int, progress:
 
 
 def base_spec(repository: "Repository", checkpoint_id: str) -> "Path":
-    """The spec of the base's newest engine where both are here, else the base's last one."""
+    """The spec of the base's best engine where both are here, else the base's last one."""
     whole = repository.whole(checkpoint_id)
     engines = repository.base_engines(weights_sha256(whole.base_dir, None))
     if engines:

@@ -50,7 +50,7 @@ def verify(repository: Repository, bundle: Path, level: str, threads: int) -> st
 
 
 def verify_attached(repository: Repository, bundle: Path, engine: Path | None, level: str, threads: int) -> str:
-    """The same of a checkpoint that is attached: the gate finds its base's newest engine by the adapter's folder."""
+    """The same of a checkpoint that is attached: the gate finds its base's best engine by the adapter's folder."""
     request = Request(str(bundle), level=reachable(bundle, level), threads=threads)
     made = answer(request, lambda: repository, lambda: open_weights)
     return _noted(made.report, bundle, engine, request.level)
