@@ -62,7 +62,7 @@ class Corrected:
 
 @dataclass(frozen=True)
 class AdapterResult:
-    """bundle: its folder; bytes: of adapter.safetensors; base_bundle: the newest engine of its base here, '' without one.
+    """bundle: its folder; bytes: of adapter.safetensors; base_bundle: the best engine of its base here, '' without one.
 
     rank, errors, left_out: as in the manifest.
     """

@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
 def corrected(repository: "Repository", checkpoint_id: str, rank: int, progress: Report) -> Corrected:
     """The correction of the rounding that the base's engine does. Raises SpecError when the base has no spec."""
-    from calibration.correction import correct
+    from calibration.calibrate import CalibrateOptions
+    from calibration.correction import correction
 
     spec = base_spec(repository, checkpoint_id)
-    branches = correct(repository, checkpoint_id, spec, rank, progress)
+    branches = correction(repository, spec, checkpoint_id, rank, CalibrateOptions(), progress)
     return Corrected(branches, Correction(spec_sha256=read_spec(spec).content_sha256(), rank=rank))
 
 
 def base_spec(repository: "Repository", checkpoint_id: str) -> "Path":
-    """The spec of the base's newest engine where both are here, else the base's last one."""
+    """The spec of the base's best engine where both are here, else the base's last one."""
     whole = repository.whole(checkpoint_id)
     engines = repository.base_engines(weights_sha256(whole.base_dir, None))
     if engines:

@@ -1,6 +1,7 @@
 """`personalq export ID` and `--base ID`: which form, which options go with it, what is said about it. Imports nothing heavy."""
 
 import logging
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,7 @@ def _attached(repository: "Repository", id_: str, form: "Form", options: dict[st
     from exporters.adapters import export_adapter
     from personalq.weights.adapter import ENERGY, MOST_RANK, Limits
 
+    started = time.perf_counter()
     limits = Limits(rank=options["rank"] or MOST_RANK, energy=options["energy"] or ENERGY)
     with progress() as report:
         correction = None
@@ -89,7 +91,8 @@ def _attached(repository: "Repository", id_: str, form: "Form", options: dict[st
         )
     published = _publish_attached(repository, id_, made.bundle, made.base_bundle, options["store"])
     told = {"form": form.name, "form_reason": form.reason, **asdict(made), "bundle": str(made.bundle)}
-    return Result({**told, "errors": dict(made.errors), "left_out": list(made.left_out), **published})
+    whole = {"errors": dict(made.errors), "left_out": list(made.left_out), "seconds": time.perf_counter() - started}
+    return Result({**told, **whole, **published})
 
 
 def _publish_attached(repository: "Repository", id_: str, bundle: Path, engine: str, url: str) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _attached(work: Work, repository: Repository, checkpoint_id: str, steps: Ste
     is_known = made.reused and (work.verify == NOT_VERIFIED or is_verified(made.bundle, work.verify, engine))
     if work.verify != NOT_VERIFIED and not is_known:
         with steps.step("verify"):
-            verify_attached(repository, checkpoint_id, made.bundle, engine, work.verify, work.threads)
+            verify_attached(repository, made.bundle, engine, work.verify, work.threads)
     return _ended(work, repository, checkpoint_id, steps, made.bundle, is_known, engine=engine)
 
 

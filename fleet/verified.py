@@ -49,11 +49,9 @@ def verify(repository: Repository, bundle: Path, level: str, threads: int) -> st
     return _noted(run_gate(bundle, Options(threads=threads, level=asked), sources), bundle, None, asked)
 
 
-def verify_attached(
-    repository: Repository, checkpoint_id: str, bundle: Path, engine: Path | None, level: str, threads: int
-) -> str:
-    """The same of a checkpoint that is attached to its base's engine: the gate finds both by its id."""
-    request = Request(checkpoint_id, level=reachable(bundle, level), threads=threads)
+def verify_attached(repository: Repository, bundle: Path, engine: Path | None, level: str, threads: int) -> str:
+    """The same of a checkpoint that is attached: the gate finds its base's best engine by the adapter's folder."""
+    request = Request(str(bundle), level=reachable(bundle, level), threads=threads)
     made = answer(request, lambda: repository, lambda: open_weights)
     return _noted(made.report, bundle, engine, request.level)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from . import audit
 
 Form = Literal["attached", "merged", "base"]
+REFERENCES = ("fp32", "fp16")  # policies that quantise nothing: best only when there is no other
 _FORMS: dict[str, Form] = {"adapter": "attached", "base": "base"}
 
 
@@ -17,7 +18,7 @@ _FORMS: dict[str, Form] = {"adapter": "attached", "base": "base"}
 class BundleEntry:
     """owner: id of its checkpoint, of a base's engine the base's. base_sha256: of the base's weights alone; '' when merged.
 
-    bytes: of all its files.
+    bytes: of all its files. policy: '' of an adapter, which has none.
     """
 
     folder: Path
@@ -25,38 +26,48 @@ class BundleEntry:
     form: Form
     base_sha256: str
     bytes: int
+    policy: str = ""
+
+    @property
+    def is_reference(self) -> bool:
+        return self.policy in REFERENCES
 
 
 @dataclass(frozen=True)
 class Exports:
-    """The bundles of one checkpoint, newest last. engines: of those that are attached -> the newest engine of their base here."""
+    """The bundles of one checkpoint, newest last. engines: of those that are attached -> the best engine of their base here."""
 
     bundles: tuple[BundleEntry, ...] = ()
-    engines: Mapping[Path, Path] = field(default_factory=dict)
+    engines: Mapping[Path, BundleEntry] = field(default_factory=dict)
 
     @property
     def form(self) -> str:
-        """Of the newest that can be drawn with, else of the newest; '' without any."""
-        drawable = [one for one in self.bundles if one.form == "merged" or one.folder in self.engines]
-        return (drawable or self.bundles)[-1].form if self.bundles else ""
+        """Of what it is drawn with: quantised before unquantised, then the newest; '' without any."""
+        ranked = sorted(self.bundles, key=self._rank)
+        return ranked[-1].form if ranked else ""
+
+    def _rank(self, one: BundleEntry) -> tuple[bool, bool]:
+        """Whether it can be drawn with, and whether quantised; what ranks the same stays in order."""
+        engine = one if one.form == "merged" else self.engines.get(one.folder)
+        return engine is not None, engine is not None and not engine.is_reference
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON object a bundle. base_bundle: the engine that an adapter is attached to, '' when there is none here."""
         return [
             {"bundle": one.folder.name, "form": one.form, "bytes": one.bytes}
-            | ({} if one.form == "merged" else {"base_bundle": name_of(self.engines.get(one.folder))})
+            | ({} if one.form == "merged" else {"base_bundle": _name(self.engines.get(one.folder))})
             for one in self.bundles
         ]
 
 
-def name_of(folder: Path | None) -> str:
-    return "" if folder is None else folder.name
+def _name(engine: BundleEntry | None) -> str:
+    return "" if engine is None else engine.folder.name
 
 
 def exports_by_id(root: Path) -> dict[str, Exports]:
     """Every checkpoint that was exported -> what to; a base's own engines are nobody's."""
     bundles = read_bundles(root)
-    engines = {one.base_sha256: one.folder for one in bundles if one.form == "base"}
+    engines = {one.base_sha256: one for one in _best_last(bundles)}
     found: dict[str, list[BundleEntry]] = {}
     for one in bundles:
         if one.form != "base":
@@ -81,19 +92,25 @@ def read_bundles(root: Path) -> list[BundleEntry]:
 
 
 def base_engines(bundles: list[BundleEntry], base_sha256: str) -> list[Path]:
-    """The engines of a base's weights that adapters attach to, newest last."""
-    return [one.folder for one in bundles if one.form == "base" and one.base_sha256 == base_sha256]
+    """The engines of a base's weights that adapters attach to, best last: quantised after unquantised, then the newest."""
+    return [one.folder for one in _best_last(bundles) if one.base_sha256 == base_sha256]
+
+
+def _best_last(bundles: list[BundleEntry]) -> list[BundleEntry]:
+    return sorted((one for one in bundles if one.form == "base"), key=lambda one: not one.is_reference)
 
 
 def _entry(folder: Path, manifest: Mapping[str, Any]) -> Iterator[BundleEntry]:
-    checkpoint, parts, files = (manifest.get(name) for name in ("checkpoint", "key_parts", "files"))
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("id"), str):
+    checkpoint, parts, spec, files = (
+        _object(manifest.get(name)) for name in ("checkpoint", "key_parts", "spec", "files")
+    )
+    if not isinstance(checkpoint.get("id"), str):
         return
     form = _FORMS.get(str(manifest.get("kind")), "merged")
-    of_base = parts.get("weights") if form == "base" and isinstance(parts, dict) else manifest.get("base_sha256")
-    sizes = (
-        [entry.get("bytes") for entry in files.values() if isinstance(entry, dict)] if isinstance(files, dict) else []
-    )
-    yield BundleEntry(
-        folder, checkpoint["id"], form, str(of_base or ""), sum(size for size in sizes if isinstance(size, int))
-    )
+    of_base = parts.get("weights") if form == "base" else manifest.get("base_sha256")
+    sizes = [size for entry in files.values() if isinstance(size := _object(entry).get("bytes"), int)]
+    yield BundleEntry(folder, checkpoint["id"], form, str(of_base or ""), sum(sizes), str(spec.get("policy", "")))
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

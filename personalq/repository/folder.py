@@ -151,7 +151,7 @@ class Repository:
         return exports_by_id(self.root).get(card_id, Exports())
 
     def base_engines(self, base_sha256: str) -> list[Path]:
-        """Return the bundles that adapters of a base's weights are attached to, newest last."""
+        """Return the bundles that adapters of a base's weights are attached to, best last."""
         return base_engines(read_bundles(self.root), base_sha256)
 
     def entries(self) -> list[Entry]:

@@ -28,8 +28,8 @@ from ..bundle import MANIFEST, FileEntry, Manifest, bundle_key, file_sha256
 from ..cards.card import Card, folder_name, id_from_folder, parse_card
 from ..errors import BundleError, FleetError, MissingExtraError, RepositoryError
 from .atomic import atomic_directory, named_failure
+from .bundles import REFERENCES
 
-REFERENCES = ("fp32", "fp16")  # policies that quantise nothing: best only when there is no other
 ATTACHED = "attached"  # in place of a policy: an adapter, which has none
 _PIECE = 4 << 20
 _RETRIES: dict[str, Any] = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}

@@ -346,13 +346,16 @@ def test_a_correction_is_made_for_the_spec_of_the_bases_engine(
 
     asked: list[Any] = []
 
-    def correct(_: Repository, id_: str, spec: Path, rank: int, progress: Any) -> dict[str, Branch]:
+    def correction(_: Repository, spec: Path, id_: str, rank: int, *rest: Any) -> dict[str, Branch]:
         asked.append((id_, spec, rank))
         return {LAYER: Branch(np.ones((8, rank), np.float16), np.ones((rank, 4), np.float16))}
 
     module = types.ModuleType("calibration.correction")
-    module.correct = correct  # type: ignore[attr-defined]
+    module.correction = correction  # type: ignore[attr-defined]
+    calibrate = types.ModuleType("calibration.calibrate")
+    calibrate.CalibrateOptions = lambda: None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "calibration.correction", module)
+    monkeypatch.setitem(sys.modules, "calibration.calibrate", calibrate)
     spec = repository.root / "specs" / "toy" / "taq-w8a8.json"
     monkeypatch.setattr(room, "base_spec", lambda *_: spec)
     monkeypatch.setattr(room, "read_spec", lambda _: types.SimpleNamespace(content_sha256=lambda: "5" * 64))

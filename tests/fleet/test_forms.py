@@ -9,8 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
+from cli import cli
 from exporters.adapters import export_adapter
 from exporters.export import ExportResult
 from fleet import step, verified
@@ -22,6 +24,7 @@ from fleet.work import Outcome, Task, Work
 from personalq.errors import SpecError
 from personalq.repository import Repository
 from personalq.repository.identity import weights_sha256
+from personalq.repository.remote import Remote
 from runtime.gate.check import Check, Report
 from tests.fleet.many import NAMES, content, fresh_copy
 
@@ -157,13 +160,13 @@ def test_a_base_that_cannot_be_made_is_told_and_stops_no_adapter(root: Path, eng
     assert data["bases"][0]["reason"] == "toy: must be so, got not; do that"
 
 
-def test_an_adapter_is_verified_by_its_checkpoints_id_on_the_engine_it_is_attached_to(
+def test_an_adapter_is_verified_on_the_engine_it_is_attached_to(
     root: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, str]] = []
 
     def answer(request: Any, opened: Any, open_weights: Any) -> Any:
-        asked.append((request.bundle, request.level))
+        asked.append((Path(request.bundle).name, request.level))
         check = Check("files intact", value=0.0, limit=0.0, passed=len(asked) != 3)
         return SimpleNamespace(report=Report(root, (check,), headline="FAILED one"))
 
@@ -172,7 +175,7 @@ def test_an_adapter_is_verified_by_its_checkpoints_id_on_the_engine_it_is_attach
     work = Work(str(root), verify="images", threads=1)
     first = run_task(work, Task("checkpoint", "one"))
     assert (first.state, first.verified) == ("done", "integrity"), first.reason  # no goldens: the files alone
-    assert run_task(work, Task("checkpoint", "one")).state == "reused" and asked == [("one", "integrity")]
+    assert run_task(work, Task("checkpoint", "one")).state == "reused" and asked == [(first.bundle, "integrity")]
     bundle = root / "bundles" / first.bundle
     assert json.loads((bundle / NOTE).read_text()).keys() >= {"level", "manifest_sha256", "engine_sha256"}
     manifest = engine / "manifest.json"
@@ -181,6 +184,45 @@ def test_an_adapter_is_verified_by_its_checkpoints_id_on_the_engine_it_is_attach
     (root / "specs" / "one").mkdir()
     (root / "specs" / "one" / "reference.safetensors").write_bytes(b"goldens")
     assert run_task(replace(work, verify="numerics"), Task("checkpoint", "one")).verified == "numerics"
-    assert asked[-1] == ("one", "numerics")
+    assert asked[-1] == (first.bundle, "numerics")
     failed = run_task(work, Task("checkpoint", "one"))
     assert (failed.state, failed.step, failed.reason) == ("failed", "verify", "FAILED one")
+
+
+def test_from_the_command_line_to_a_store_base_and_adapters_are_made_verified_and_published(
+    root: Path, tmp_path: Path
+) -> None:
+    """Nothing here is in place of anything: an unquantised engine of the base needs no calibration."""
+    pytest.importorskip("obstore", reason="obstore is not installed: pip install 'personalq[store]'")
+    ids, url = tmp_path / "ids", f"file://{tmp_path}/store"
+    ids.write_text("one\ntwo\ndora\n")
+    options = ["--form", "attached", "--spec", "fp16", "--workers", "2", "--threads", "1", "--store", url]
+    ran = CliRunner().invoke(cli, ["--repo", str(root), "export", "--ids", str(ids), *options, "--json"])
+    data = json.loads(ran.stdout)
+    assert ran.exit_code == 0, data["failed"]
+    (base,) = data["bases"]
+    assert (base["state"], base["id"], base["verified"]) == ("done", "tiny", "integrity")
+    assert [(row["id"], row["form"], row["verified"]) for row in data["done"]] == [
+        (name, "attached", "integrity") for name in ("dora", "one", "two")
+    ]
+    remote, sha256 = Remote(url), weights_sha256(root / "bases" / "tiny", None)
+    assert remote.ids() == ["dora", "one", "two"]
+    of_base = remote.base(sha256)
+    assert of_base is not None and of_base.key == base["bundle"]
+    repository = Repository.open(root)
+    assert repository.check() == []
+    assert {name: repository.exports(name).form for name in ("one", "rex")} == {"one": "attached", "rex": ""}
+    assert [place.name for place in repository.base_engines(sha256)] == [base["bundle"]]
+    again = json.loads(CliRunner().invoke(cli, ["--repo", str(root), "export", "one", "--store", url, "--json"]).stdout)
+    assert again["reused"] and again["base_in_store"] and Path(again["base_bundle"]).name == base["bundle"]
+
+
+def test_a_bases_engine_is_exported_by_its_id(root: Path) -> None:
+    ran = CliRunner().invoke(cli, ["--repo", str(root), "export", "--base", "tiny", "--spec", "fp16", "--json"])
+    assert ran.exit_code == 0, ran.stderr
+    data = json.loads(ran.stdout)
+    assert (data["form"], data["base"]) == ("base", "tiny") and Path(data["bundle"], "unet.ort.onnx").is_file()
+    wrong = CliRunner().invoke(cli, ["--repo", str(root), "export", "--base", "rex", "--spec", "fp16"])
+    assert wrong.exit_code == 1 and wrong.stderr.count("\n") == 1 and "rex: must be a base" in wrong.stderr
+    unknown = CliRunner().invoke(cli, ["--repo", str(root), "export", "--base", "nowhere"])
+    assert unknown.exit_code == 1 and unknown.stderr.count("\n") == 1, unknown.stderr

@@ -41,12 +41,16 @@ def put_adapter(repository: Repository, at: int = 2000, key: str = "adapter") ->
     return put(repository, key, at, kind="adapter", checkpoint={"id": "dog", "base": "toy"}, base_sha256=BASE_SHA)
 
 
-def put_engine(repository: Repository, at: int = 1000, key: str = "engine", sha256: str = BASE_SHA) -> Path:
-    return put(repository, key, at, kind="base", checkpoint={"id": "toy"}, key_parts={"weights": sha256})
+def put_engine(
+    repository: Repository, at: int = 1000, key: str = "engine", sha256: str = BASE_SHA, policy: str = "taq"
+) -> Path:
+    told = {"checkpoint": {"id": "toy"}, "key_parts": {"weights": sha256}, "spec": {"policy": policy}}
+    return put(repository, key, at, kind="base", **told)
 
 
-def put_merged(repository: Repository, at: int = 1500, key: str = "merged") -> Path:
-    return put(repository, key, at, checkpoint={"id": "dog"}, key_parts={"weights": "other"})
+def put_merged(repository: Repository, at: int = 1500, key: str = "merged", policy: str = "taq") -> Path:
+    told = {"checkpoint": {"id": "dog"}, "key_parts": {"weights": "other"}, "spec": {"policy": policy}}
+    return put(repository, key, at, **told)
 
 
 def shown(repository: Repository, *arguments: str) -> Any:
@@ -79,10 +83,27 @@ def test_ls_says_the_form_and_a_bases_engine_is_no_checkpoints_bundle(repository
     assert (row["form"], row["bundles"]) == ("attached", ["adapter"])
 
 
-def test_the_newest_engine_of_the_bases_weights_serves(repository: Repository) -> None:
+def test_the_newest_quantised_engine_of_the_bases_weights_serves(repository: Repository) -> None:
     for at, key, sha256 in ((2000, "new", BASE_SHA), (1000, "old", BASE_SHA), (3000, "other", "c" * 64)):
         put_engine(repository, at, key, sha256)
-    assert [place.name for place in repository.base_engines(BASE_SHA)] == ["old", "new"]
+    put_engine(repository, 4000, "float", policy="fp16")
+    assert [place.name for place in repository.base_engines(BASE_SHA)] == ["float", "old", "new"]
+
+
+def test_the_form_is_that_of_what_draws(repository: Repository) -> None:
+    """As runtime.store has it: what can be drawn with, quantised before unquantised, then the newest."""
+    put_adapter(repository, at=3000)
+    assert repository.exports("dog").form == "attached"
+    put_merged(repository, at=1000, key="float", policy="fp32")
+    assert repository.exports("dog").form == "merged"  # the adapter has no engine
+    put_engine(repository, key="float base", policy="fp16")
+    assert repository.exports("dog").form == "attached"
+    put_merged(repository, at=2000)
+    assert repository.exports("dog").form == "merged"  # quantised
+    put_engine(repository)
+    assert repository.exports("dog").form == "attached"
+    put_merged(repository, at=4000, key="newest")
+    assert repository.exports("dog").form == "merged"
 
 
 def test_a_checkpoint_is_removed_with_its_adapters_and_nothing_of_its_base(repository: Repository) -> None:
