@@ -47,10 +47,10 @@ class Forms:
 
 def adapters_of(repository: Any) -> list[str]:
     """Every checkpoint that is an adapter exactly."""
-    from exporters.forms import form_of
+    from personalq.repository.forms import form_of
 
     cards = [card for card in repository.cards() if repository.has_weights(card.id)]
-    return [card.id for card in cards if form_of(repository, card.id).name == "attached"]
+    return [card.id for card in cards if form_of(repository.whole(card.id)).name == "attached"]
 
 
 def folds(ids: list[str]) -> dict[str, list[str]]:

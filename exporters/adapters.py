@@ -14,23 +14,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
-from personalq.adapters import ADAPTER, AdapterManifest, Correction, Learned, read_adapter_manifest
-from personalq.architecture import family_key, read_configs
+from personalq.adapters import ADAPTER, AdapterManifest, Correction, read_adapter_manifest
 from personalq.bundle import (
     MANIFEST,
-    CheckpointEntry,
     FileEntry,
     bundle_key,
     check_files,
     file_sha256,
     manifest_bytes,
 )
-from personalq.cards.card import Card
 from personalq.errors import BundleError, RepositoryError
 from personalq.repository import Repository
 from personalq.repository.atomic import atomic_directory
+from personalq.repository.described import adapter_manifest
+from personalq.repository.forms import own_settings
 from personalq.repository.identity import delta_sha256, weights_sha256
 from personalq.repository.results import Report, silent
 from personalq.repository.settings import read_settings
@@ -38,7 +35,6 @@ from personalq.weights.adapter import Adapter, Branch, Limits, adapter_of
 from personalq.weights.checkpoint import CheckpointWeights, open_weights
 from personalq.weights.deltas.lora import PEFT_CONFIG
 
-from .forms import own_settings
 from .lock import only_one
 
 logger = logging.getLogger("personalq.exporters")
@@ -141,35 +137,23 @@ def _job(repository: Repository, checkpoint_id: str, limits: Limits, correction:
         open_weights(whole.base_dir, checkpoint_dir, whole.card.kind),
         read_settings(whole.base_dir, checkpoint_dir),
     )
-    stems = sorted(file.stem for file in checkpoint_dir.glob("*.safetensors"))
-    told: dict[str, Any] = {
-        "checkpoint": checkpoint_entry(whole.card, weights_sha256(whole.base_dir, checkpoint_dir), stems),
-        "family": family_key(read_configs(whole.base_dir)),
-        "scheduler": settings.scheduler.settings,
-        "sources": dict(settings.sources),
-        **settings.sampling(),
-        "learned": tuple(Learned(token=token, pieces=pieces) for token, pieces in weights.added_tokens),
+    manifest = adapter_manifest(whole, weights, settings, weights_sha256(whole.base_dir, checkpoint_dir))
+    found = {
         "left_out": own_settings(whole.base_dir, checkpoint_dir, settings),
         "correction": correction and correction.entry,
     }
+    told = manifest.model_copy(update=found).model_dump(mode="json", exclude={"key_parts", "base_sha256"})
     parts = {
         "delta": delta_sha256(checkpoint_dir),
-        "base": weights_sha256(whole.base_dir, None),
+        "base": manifest.base_sha256,
         "settings": _sha256(told | {"peft": peft_settings(checkpoint_dir)}),
         "limits": f"rank {limits.rank}, energy {limits.energy!r}",
         "correction": correction.sha256() if correction else "none",
         "exporter": f"adapter {ADAPTER_VERSION}",
     }
-    manifest = AdapterManifest(
-        key=bundle_key(parts), key_parts=parts, base_sha256=parts["base"], exporter_version=ADAPTER_VERSION, **told
-    )
+    keyed = {"key": bundle_key(parts), "key_parts": parts, "exporter_version": ADAPTER_VERSION}
+    manifest = manifest.model_copy(update={**found, **keyed})
     return _Job(manifest, weights, whole.base_dir, correction.branches if correction else {}, settings.scheduler.notes)
-
-
-def checkpoint_entry(card: Card, sha256: str, files: list[str]) -> CheckpointEntry:
-    """What a bundle says of its checkpoint. sha256: of base and delta; files: the stems of its own."""
-    words = card.model_dump(include={"id", "name", "kind", "base", "trigger", "class_noun"})
-    return CheckpointEntry(sha256=sha256, files=tuple(files), **words)
 
 
 def peft_settings(checkpoint_dir: Path) -> dict[str, str]:
@@ -221,9 +205,5 @@ def _say(manifest: AdapterManifest, notes: tuple[str, ...]) -> None:
         logger.warning("%s: left out of the adapter: %s", where, shown)
 
 
-def _json(value: object) -> object:
-    return value.model_dump() if isinstance(value, BaseModel) else list(value)  # type: ignore[call-overload]
-
-
 def _sha256(told: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=_json).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

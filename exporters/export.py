@@ -27,6 +27,7 @@ from personalq.cards.card import Card
 from personalq.errors import BundleError, RepositoryError, SpecError
 from personalq.repository import Repository
 from personalq.repository.atomic import atomic_directory, settle
+from personalq.repository.described import checkpoint_entry
 from personalq.repository.identity import weights_sha256
 from personalq.repository.results import Whole
 from personalq.repository.settings import read_settings
@@ -49,7 +50,6 @@ from .manifest import (
     RANKS,
     Job,
     Places,
-    checkpoint_entry,
     latent_of,
     manifest_of,
 )

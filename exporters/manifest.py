@@ -1,6 +1,5 @@
 """What a bundle's manifest says: of the checkpoint or base, its settings and its graphs. It writes nothing."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,6 @@ from personalq.bundle import (
     SpecEntry,
     Text,
 )
-from personalq.cards.card import Card
 from personalq.repository.settings import Settings
 from personalq.spec import SpecFile
 from personalq.weights.checkpoint import CheckpointWeights
@@ -93,20 +91,6 @@ def manifest_of(job: Job, lowered: Lowered, text: Text, places: Places) -> Manif
         unquantised=lowered.unquantised,
         adapters=adapters if job.is_base else None,
         versions={name: version(name) for name in ("onnx-ir", "numpy")},
-    )
-
-
-def checkpoint_entry(card: Card, sha256: str, files: Sequence[str] = ()) -> CheckpointEntry:
-    """What a bundle says of its checkpoint. sha256: of the weights; files: the stems of its own."""
-    return CheckpointEntry(
-        id=card.id,
-        name=card.name,
-        kind=card.kind,
-        base=card.base,
-        trigger=tuple(card.trigger),
-        class_noun=card.class_noun,
-        sha256=sha256,
-        files=tuple(files),
     )
 
 

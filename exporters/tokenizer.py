@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from personalq.bundle import Text
 from personalq.errors import RepositoryError
 from personalq.repository.settings import Settings
 from personalq.weights.checkpoint import CheckpointWeights
+from personalq.weights.models import read_special_tokens
 from personalq.weights.one_file.clip_tokenizer import tokenizer_json
 
 
@@ -53,7 +53,7 @@ def write_tokenizer_folders(settings: Settings, weights: CheckpointWeights, fold
         file = source / "tokenizer_config.json"
         config = json.loads(file.read_text()) if file.is_file() else {}
         config |= {"tokenizer_class": "CLIPTokenizer", "added_tokens_decoder": tokens}
-        config |= {f"{kind}_token": token for kind, token in special_tokens(source).items()}
+        config |= {f"{kind}_token": token for kind, token in read_special_tokens(source).items()}
         (place / "tokenizer_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     return [*settings.tokenizers]
 
@@ -67,7 +67,7 @@ def _write(source: Path, weights: CheckpointWeights, path: Path) -> dict[str, in
         tokenizer.add_tokens(pieces)
         weights.check_ids(tokenizer.token_to_id, f"{source.parent.name}/{source.name}: ")
     tokenizer.save(str(path))
-    return {kind: tokenizer.token_to_id(token) for kind, token in special_tokens(source).items()}
+    return {kind: tokenizer.token_to_id(token) for kind, token in read_special_tokens(source).items()}
 
 
 def _tokenizer_json(folder: Path) -> str:
@@ -82,17 +82,3 @@ def _tokenizer_json(folder: Path) -> str:
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [(first, second) for first, second in (line.split() for line in lines if line and line[0:2] != "#v")]
     return json.dumps(tokenizer_json(vocab, merges))
-
-
-def special_tokens(folder: Path) -> dict[str, str]:
-    config: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            config |= json.loads((folder / name).read_text())
-
-    def text(key: str, default: str) -> str:
-        value = config.get(key) or default
-        return str(value["content"] if isinstance(value, dict) else value)
-
-    end = text("eos_token", "<|endoftext|>")
-    return {"bos": text("bos_token", "<|startoftext|>"), "eos": end, "pad": text("pad_token", end)}

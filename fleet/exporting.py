@@ -11,8 +11,8 @@ import click
 from runtime.console import Result, progress
 
 if TYPE_CHECKING:
-    from exporters.forms import Form
     from personalq.repository import Repository
+    from personalq.repository.forms import Form
 
 logger = logging.getLogger("personalq.fleet")
 
@@ -41,7 +41,7 @@ def export_one(repository: "Repository", id_: str, options: dict[str, Any]) -> R
 
 def chosen_form(repository: "Repository", id_: str, options: dict[str, Any]) -> "Form":
     """The form that --form names; by 'auto' merged when an option means an engine of its own, else what suits."""
-    from exporters.forms import Form, form_of
+    from personalq.repository.forms import Form, form_of
 
     for name, reason in (
         ("spec", "--spec was given, which is of an engine of its own"),
@@ -49,7 +49,7 @@ def chosen_form(repository: "Repository", id_: str, options: dict[str, Any]) -> 
     ):
         if options["form"] == "auto" and options[name] is not None:
             return Form("merged", reason)
-    return form_of(repository, id_, options["form"])
+    return form_of(repository.whole(id_), options["form"])
 
 
 def export_base(repository: "Repository", base_id: str, options: dict[str, Any]) -> Result:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from exporters.forms import Form, form_of
 from personalq.errors import PersonalQError
 from personalq.repository import Repository
+from personalq.repository.forms import Form, form_of
 
 from .work import Work
 
@@ -13,7 +13,7 @@ def form_for(work: Work, repository: Repository, checkpoint_id: str) -> Form:
     """The form of one checkpoint; a run that names a spec, and no form, means engines of their own."""
     if work.spec and work.form == "auto":
         return Form("merged", "--spec was given, which is of an engine of its own")
-    return form_of(repository, checkpoint_id, work.form)
+    return form_of(repository.whole(checkpoint_id), work.form)
 
 
 def bases_of(work: Work, repository: Repository, ids: Sequence[str]) -> list[str]:

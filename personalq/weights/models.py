@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ..errors import RepositoryError
 from .pickles import refuse_pickles
@@ -158,3 +159,17 @@ def read_token_ids(folder: Path, name: str = "tokenizer.json") -> dict[str, int]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RepositoryError(f"{file}: must be a tokenizer file, got {str(error)[:60]}; add the base again") from error
     return ids
+
+
+def read_special_tokens(folder: Path) -> dict[str, str]:
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            config |= json.loads((folder / name).read_text())
+
+    def text(key: str, default: str) -> str:
+        value = config.get(key) or default
+        return str(value["content"] if isinstance(value, dict) else value)
+
+    end = text("eos_token", "<|endoftext|>")
+    return {"bos": text("bos_token", "<|startoftext|>"), "eos": end, "pad": text("pad_token", end)}

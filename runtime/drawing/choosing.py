@@ -14,7 +14,7 @@ from personalq.repository import Repository
 
 from ..store import Found, Store
 from .attaching import Chosen, Opened, open_adapter
-from .unexported import of_checkpoint, of_file, why_merged
+from .unexported import of_checkpoint, of_file
 
 SUFFIX = ".safetensors"
 _STRENGTH = re.compile(r"(?P<name>.+):(?P<strength>[+-]?(?:\d+\.?\d*|\.\d+))")
@@ -124,9 +124,4 @@ def _opened(repository: Repository, store: Store, one: Asked, base: str) -> Open
     exported = store.adapter(repository.card(one.name).id)
     if exported is not None:
         return open_adapter(exported)
-    if why := why_merged(repository, one.name):
-        raise EngineError(
-            f"{one.name}: must be an adapter to be attached, or to have a strength, got a delta that is merged: {why}; "
-            f"run 'personalq export {one.name}' and draw it alone"
-        )
     return of_checkpoint(repository, one.name)

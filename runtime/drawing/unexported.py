@@ -5,13 +5,11 @@ Reads headers first; a delta that is no adapter exactly is refused with the reas
 
 from pathlib import Path
 
-from personalq.adapters import AdapterManifest, Learned
-from personalq.architecture import family_key, read_configs
-from personalq.bundle import CheckpointEntry
 from personalq.cards.card import Card
 from personalq.errors import EngineError
 from personalq.repository import Repository
-from personalq.repository.identity import weights_sha256
+from personalq.repository.described import adapter_manifest
+from personalq.repository.forms import why_merged
 from personalq.repository.results import Whole
 from personalq.repository.settings import read_settings
 from personalq.weights.adapter import adapter_of, why_not
@@ -25,16 +23,15 @@ _KINDS = {"lora": "lora", "custom_diffusion": "custom_diffusion", "textual_inver
 
 
 def of_checkpoint(repository: Repository, checkpoint_id: str) -> Opened:
-    """The adapter of a checkpoint in the repository. Raises RepositoryError for one that cannot be read."""
+    """The adapter of a checkpoint in the repository. Raises EngineError for one that is no adapter exactly, with the reason."""
     whole = repository.whole(checkpoint_id)
-    assert whole.checkpoint_dir is not None, "a base is no delta"
-    return _made(whole, open_weights(whole.base_dir, whole.checkpoint_dir, whole.card.kind))
-
-
-def why_merged(repository: Repository, checkpoint_id: str) -> str:
-    """Why a checkpoint cannot be attached exactly; '' when it can."""
-    whole = repository.whole(checkpoint_id)
-    return why_not(open_weights(whole.base_dir, whole.checkpoint_dir, whole.card.kind))
+    weights = open_weights(whole.base_dir, whole.checkpoint_dir, whole.card.kind)
+    if why := why_merged(whole, weights):
+        raise EngineError(
+            f"{checkpoint_id}: must be an adapter to be attached, or to have a strength, got a delta that is merged: {why}; "
+            f"run 'personalq export {checkpoint_id}' and draw it alone"
+        )
+    return _made(whole, weights)
 
 
 def of_file(repository: Repository, file: Path, base: str) -> Opened:
@@ -57,35 +54,5 @@ def of_file(repository: Repository, file: Path, base: str) -> Opened:
 
 def _made(whole: Whole, weights: CheckpointWeights) -> Opened:
     adapter = adapter_of(weights, open_weights(whole.base_dir, None, whole.card.kind))
-    settings, card = read_settings(whole.base_dir, whole.checkpoint_dir), whole.card
-    entry = CheckpointEntry(
-        id=card.id,
-        name=card.name,
-        kind=card.kind,
-        base=card.base,
-        trigger=tuple(card.trigger),
-        class_noun=card.class_noun,
-        sha256="",
-        files=_stems(whole.checkpoint_dir),
-    )
-    manifest = AdapterManifest(
-        key="",
-        key_parts={},
-        checkpoint=entry,
-        base_sha256=weights_sha256(whole.base_dir, None),
-        family=family_key(read_configs(whole.base_dir)),
-        exporter_version="",
-        scheduler=settings.scheduler.settings,
-        sources=dict(settings.sources),
-        learned=tuple(Learned(token=token, pieces=pieces) for token, pieces in weights.added_tokens),
-        rank=adapter.rank,
-        **settings.sampling(),
-    )
-    return Opened(manifest, adapter)
-
-
-def _stems(place: Path | None) -> tuple[str, ...]:
-    """What <lora:STEM:1> may call it."""
-    if place is None or place.is_file():
-        return () if place is None else (place.stem,)
-    return tuple(sorted(file.stem for file in place.glob("*.safetensors")))
+    manifest = adapter_manifest(whole, weights, read_settings(whole.base_dir, whole.checkpoint_dir))
+    return Opened(manifest.model_copy(update={"rank": adapter.rank}), adapter)

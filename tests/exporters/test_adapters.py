@@ -18,11 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from cli import cli
 from exporters.adapters import Corrected, export_adapter
-from exporters.forms import form_of
 from personalq.adapters import ADAPTER, Correction, read_adapter_manifest
 from personalq.bundle import check_files
 from personalq.errors import RepositoryError
 from personalq.repository import Repository
+from personalq.repository.forms import form_of
 from personalq.repository.identity import delta_sha256, weights_sha256
 from personalq.weights.adapter import Branch, Limits, read_adapter
 from tests.personalq import toy_checkpoints as make
@@ -250,7 +250,7 @@ def test_a_correction_is_tensors_of_its_own_and_in_the_key(repository: Repositor
 def test_auto_attaches_what_an_adapter_holds_exactly_and_says_why(
     repository: Repository, name: str, form: str, reason: str
 ) -> None:
-    found = form_of(repository, name)
+    found = form_of(repository.whole(name))
     assert (found.name, found.reason) == (form, reason)
 
 
@@ -260,15 +260,15 @@ def test_a_checkpoint_with_its_own_tokenizer_or_latents_is_merged(repository: Re
     for place, tokens in ((base, vocabulary), (checkpoint, vocabulary)):
         (place / "tokenizer").mkdir()
         (place / "tokenizer" / "vocab.json").write_text(json.dumps(tokens))
-    assert form_of(repository, "dog").name == "attached"  # a copy of the base's, as training scripts leave it
+    assert form_of(repository.whole("dog")).name == "attached"  # a copy of the base's, as training scripts leave it
     (checkpoint / "tokenizer" / "vocab.json").write_text(json.dumps({**vocabulary, "c</w>": 2}))
-    found = form_of(repository, "dog")
+    found = form_of(repository.whole("dog"))
     assert (found.name, found.reason) == ("merged", "it has its own tokenizer, which its base's engine does not have")
     shutil.rmtree(checkpoint / "tokenizer")
     (checkpoint / "vae").mkdir()
     (checkpoint / "vae" / "config.json").write_text('{"scaling_factor": 0.5}')
-    assert form_of(repository, "dog").reason.startswith("it has its own vae scaling_factor")
-    assert form_of(repository, "dog", "attached").name == "attached"
+    assert form_of(repository.whole("dog")).reason.startswith("it has its own vae scaling_factor")
+    assert form_of(repository.whole("dog"), "attached").name == "attached"
     assert export_adapter(repository, "dog").left_out == ("it has its own vae scaling_factor",)
 
 
@@ -418,7 +418,7 @@ def test_a_base_that_is_not_here_is_one_line(repository: Repository) -> None:
 def test_a_whole_pipeline_has_nothing_to_attach_to(repository: Repository) -> None:
     shutil.copytree(base_of(repository), folder(repository, "solo"))
     make.write_card(folder(repository, "solo"), kind="dreambooth", base="")
-    assert form_of(repository, "solo").reason == "it is a whole pipeline, with no base here to be attached to"
+    assert form_of(repository.whole("solo")).reason == "it is a whole pipeline, with no base here to be attached to"
     assert "checkpoint 'solo': must have its base beside it to be attached to, got a whole pipeline" in refusal(
         repository, "solo", "--form", "attached"
     )

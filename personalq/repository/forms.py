@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from personalq.architecture import read_config, read_configs
-from personalq.cards.card import Card
-from personalq.repository import Repository
-from personalq.repository.settings import INDEX, Settings, read_settings
-from personalq.weights.adapter import why_not
-from personalq.weights.checkpoint import open_weights
-from personalq.weights.models import read_token_ids
-
-from .tokenizer import special_tokens
+from ..architecture import read_config, read_configs
+from ..cards.card import Card
+from ..weights.adapter import why_not
+from ..weights.checkpoint import CheckpointWeights, open_weights
+from ..weights.models import read_special_tokens, read_token_ids
+from .results import Whole
+from .settings import INDEX, Settings, read_settings
 
 FORMS = ("auto", "attached", "merged")
 LATENT = {"vae": ("scaling_factor", "shift_factor"), "unet": ("sample_size",)}  # what a config says beside the graph
@@ -31,18 +29,24 @@ class Form:
     reason: str
 
 
-def form_of(repository: Repository, checkpoint_id: str, asked: str = "auto") -> Form:
+def form_of(whole: Whole, asked: str = "auto") -> Form:
     """The form of a checkpoint. asked: one of FORMS. Raises RepositoryError for what cannot be exported at all."""
     if asked != "auto":
         return Form("attached" if asked == "attached" else "merged", f"--form {asked} was given")
-    whole = repository.whole(checkpoint_id)
     if whole.checkpoint_dir is None or whole.checkpoint_dir == whole.base_dir:
         return Form("merged", "it is a whole pipeline, with no base here to be attached to")
-    settings = read_settings(whole.base_dir, whole.checkpoint_dir)
-    own = own_settings(whole.base_dir, whole.checkpoint_dir, settings)
-    reason = f"{own[0]}, which its base's engine does not have" if own else ""
-    reason = reason or why_not(open_weights(whole.base_dir, whole.checkpoint_dir, whole.card.kind))
+    weights = open_weights(whole.base_dir, whole.checkpoint_dir, whole.card.kind)
+    reason = why_merged(whole, weights)
     return Form("merged", reason) if reason else Form("attached", _what(whole.card))
+
+
+def why_merged(whole: Whole, weights: CheckpointWeights) -> str:
+    """Why a checkpoint over its base cannot be attached exactly, in words; '' when it can."""
+    if whole.checkpoint_dir is not None and whole.checkpoint_dir.is_dir():
+        own = own_settings(whole.base_dir, whole.checkpoint_dir, read_settings(whole.base_dir, whole.checkpoint_dir))
+        if own:
+            return f"{own[0]}, which its base's engine does not have"
+    return why_not(weights)
 
 
 def _what(card: Card) -> str:
@@ -77,4 +81,4 @@ def _own(base_dir: Path, checkpoint_dir: Path, settings: Settings) -> Iterator[s
 
 def _tokens(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
     """What a tokenizer makes of text depends on these: its entries, and which of them begin, end and fill up."""
-    return read_token_ids(folder), special_tokens(folder)
+    return read_token_ids(folder), read_special_tokens(folder)
