@@ -1,4 +1,5 @@
-"""The whole path in one call: a request finds a checkpoint, TAQ compresses it, it is exported, and it draws beside FP32."""
+"""The whole path in one call: a request finds a checkpoint, TAQ compresses it, it is exported, and it draws beside FP32. Then
+three checkpoints are attached to one engine, their base's."""
 
 import time
 from collections.abc import Callable
@@ -12,11 +13,16 @@ from personalq.repository import Repository
 
 REQUEST = "a picture of my chocolate-brown dog with the red collar on the beach"
 SEED = 7
+ATTACHED = {
+    "domino-the-dog": "a photo of domino dog on the beach",
+    "grandmas-mug": "a photo of grandma's mug in the kitchen",
+    "moss-mug": "a photo of <moss-mug> mug in the snow",
+}
 Progress = Callable[[str, float], None]
 
 
 def run(out_dir: Path, repository: Repository, progress: Progress = lambda text, done: None) -> dict[str, Any]:
-    """Run the demo and write image.png, reference.png and side_by_side.png into `out_dir`.
+    """Run the demo and write image.png, reference.png, side_by_side.png and attached.png into `out_dir`.
 
     Returns the keys of `personalq demo --json`. Raises PersonalQError, one line, on whatever is missing.
     """
@@ -46,6 +52,7 @@ def run(out_dir: Path, repository: Repository, progress: Progress = lambda text,
     manifest = read_manifest(bundle)
     labels = (f"FP32 {manifest.sizes.unet_fp32 / 1e6:.1f} MB", f"TAQ W8A8 {manifest.sizes.unet / 1e6:.1f} MB")
     write_png(out_dir / "side_by_side.png", side_by_side([pictures["reference"], pictures["image"]], labels, scale=4))
+    attached = attach_some(out_dir, repository, lambda text: progress(text, 0.95))
     progress("done", 1.0)
     return {
         "request": REQUEST,
@@ -60,9 +67,42 @@ def run(out_dir: Path, repository: Repository, progress: Progress = lambda text,
         "bytes": manifest.sizes.unet,
         "bytes_fp16": manifest.sizes.unet_fp16,
         "bytes_fp32": manifest.sizes.unet_fp32,
+        "form": "merged",
+        "bundle_bytes": folder_bytes(bundle),
+        **attached,
         "drawing_seconds": {name: round(seconds, 3) for name, seconds in step_seconds.items()},
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def attach_some(out_dir: Path, repository: Repository, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Export ATTACHED as adapters and draw them on their base's engine; its bytes, and each one's bytes and seconds."""
+    from exporters.adapters import export_adapter
+    from runtime.drawing.attaching import Chosen, open_adapter
+    from runtime.drawing.generate import named
+    from runtime.drawing.image import side_by_side, write_png
+    from runtime.drawing.pipeline import Pipeline
+    from runtime.engines.ort import OrtEngine
+    from runtime.store import Store
+
+    engine = OrtEngine(Store(repository.root).on_base(repository.card(next(iter(ATTACHED))).base).bundle)
+    rows, pictures = [], []
+    for checkpoint, request in ATTACHED.items():
+        progress(f"attaching {checkpoint}")
+        made, begun = export_adapter(repository, checkpoint), time.perf_counter()
+        pipeline = Pipeline(engine, [Chosen(open_adapter(made.bundle))])
+        pictures.append(pipeline.image(named(repository, checkpoint, request)[1], seed=SEED))
+        seconds = {"export_seconds": round(made.seconds, 3), "drawing_seconds": round(time.perf_counter() - begun, 3)}
+        rows.append({"checkpoint": checkpoint, "bundle_bytes": folder_bytes(made.bundle), **seconds})
+    labels = [f"{row['checkpoint']} {row['bundle_bytes'] / 1e6:.2f} MB" for row in rows]
+    write_png(out_dir / "attached.png", side_by_side(pictures, labels, scale=4))
+    picture = str(out_dir / "attached.png")
+    return {"attached": rows, "attached_image": picture, "base_bundle_bytes": folder_bytes(engine.bundle)}
+
+
+def folder_bytes(bundle: Path) -> int:
+    """Of a bundle's own files, without what engines made of them."""
+    return sum(file.stat().st_size for file in bundle.iterdir() if file.is_file())
 
 
 def make_bundle(repository: Repository, checkpoint_id: str, policy: str, progress: Progress) -> Path:
