@@ -87,13 +87,7 @@ def list_() -> Result:
 def show(id_: str) -> Result:
     """Show one checkpoint's card, its form and its bundles."""
     repository = opened()
-    exports = repository.exports(id_)
-    found = {
-        "has_weights": repository.has_weights(id_),
-        "form": exports.form,
-        "bundles": [one.folder.name for one in exports.bundles],
-        "exports": exports.rows(),
-    }
+    found = {"has_weights": repository.has_weights(id_), **repository.exports(id_).to_json()}
     return Result({**repository.card(id_).to_json(), **found})
 
 

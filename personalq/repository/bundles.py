@@ -51,6 +51,10 @@ class Exports:
         engine = one if one.form == "merged" else self.engines.get(one.folder)
         return engine is not None, engine is not None and not engine.is_reference
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values: the form, the bundles' names, and what each is."""
+        return {"form": self.form, "bundles": [one.folder.name for one in self.bundles], "exports": self.rows()}
+
     def rows(self) -> list[dict[str, Any]]:
         """One JSON object a bundle. base_bundle: the engine that an adapter is attached to, '' when there is none here."""
         return [

@@ -135,8 +135,8 @@ class Repository:
         """
         if id_ in self.bases() and not self.has_weights(id_):
             return Whole(Card(id=id_, name=id_, kind="dreambooth", base=id_), self._base_folder(id_))
-        card = self.card(id_)
-        return Whole(card, self.base_dir(card), self.checkpoint_dir(id_))
+        card, own = self.card(id_), self.checkpoint_dir(id_)
+        return Whole(card, self.base_dir(card), own)
 
     def bases(self) -> list[str]:
         """Return the ids of the base pipelines here."""
