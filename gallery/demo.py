@@ -14,9 +14,9 @@ from personalq.repository import Repository
 REQUEST = "a picture of my chocolate-brown dog with the red collar on the beach"
 SEED = 7
 ATTACHED = {
-    "domino-the-dog": "a photo of domino dog on the beach",
-    "grandmas-mug": "a photo of grandma's mug in the kitchen",
-    "moss-mug": "a photo of <moss-mug> mug in the snow",
+    "domino-the-dog": "a picture of my dog on the beach",
+    "grandmas-mug": "a picture of my mug in the kitchen",
+    "moss-mug": "a picture of my mug in the snow",
 }
 Progress = Callable[[str, float], None]
 
