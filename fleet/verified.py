@@ -52,10 +52,13 @@ def verify(repository: Repository, bundle: Path, level: str, threads: int) -> st
 def verify_attached(
     repository: Repository, checkpoint_id: str, bundle: Path, engine: Path | None, level: str, threads: int
 ) -> str:
-    """The same of a checkpoint that is attached to its base's engine: the gate finds both by its id."""
-    request = Request(checkpoint_id, level=reachable(bundle, level), threads=threads)
-    made = answer(request, lambda: repository, lambda: open_weights)
-    return _noted(made.report, bundle, engine, request.level)
+    """The same of a checkpoint's adapter on its base's engine: what the note is about. None: the gate says what is missing."""
+    asked = reachable(bundle, level)
+    if engine is None:
+        request = Request(str(bundle), level=asked, threads=threads)
+        return _noted(answer(request, lambda: repository, lambda: open_weights).report, bundle, engine, asked)
+    sources = sources_of(engine, repository, lambda: open_weights, adapter=bundle)
+    return _noted(run_gate(engine, Options(threads=threads, level=asked), sources, bundle), bundle, engine, asked)
 
 
 def _noted(report: Report, bundle: Path, engine: Path | None, level: str) -> str:

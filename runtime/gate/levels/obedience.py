@@ -35,12 +35,9 @@ def spec_in_graph(subject: Subject) -> Iterator[Check]:
         odd = sorted(key for key in {*census, *other} if census.get(key, 0) != other.get(key, 0))
         texts = [f"{key}: must be {other.get(key, 0)} as in the {what}, got {census.get(key, 0)}" for key in odd]
         yield none_of(f"census of the graph is the {what}'s", texts)
-    files = subject.engine_manifest.graphs.unet
-    other = next(
-        (file for file in map(files.get, (LOWERING, WIDE)) if file not in (None, subject.unet_path.name)), None
-    )
-    if other is not None:  # a base has two, for adapters of attention and for those of any layer
-        yield _layers_of(subject, subject.graph(other), f"layers of {other} that differ from the spec")[0]
+    files = subject.engine_manifest.graphs.unet  # a base has two: for adapters of attention, and for those of any layer
+    for file in (files[name] for name in (LOWERING, WIDE) if name in files and files[name] != subject.unet_path.name):
+        yield _layers_of(subject, subject.graph(file), f"layers of {file} that differ from the spec")[0]
 
 
 def _layers_of(subject: Subject, graph: Graph, what: str) -> tuple[Check, Counter[str]]:
