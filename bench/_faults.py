@@ -29,12 +29,16 @@ UNET, TEXT_ENCODER = "unet.ort.onnx", "text_encoder.onnx"
 
 @dataclass(frozen=True)
 class Case:
-    """Where a fault is put. folder: a copy of the bundle, to be spoiled. other: another checkpoint's, of the same family."""
+    """Where a fault is put. folder: a copy of the bundle, to be spoiled. other: another checkpoint's, of the same family.
+
+    unet: the graph that draws: a base has two.
+    """
 
     repository: Repository
     checkpoint_id: str
     folder: Path
     other: Path
+    unet: str = UNET
 
 
 Fault = Callable[[Case], None]
@@ -61,14 +65,15 @@ def reseal(folder: Path, **changes: Any) -> None:
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
     files = {name: FileEntry(sha256=file_sha256(folder / name), bytes=(folder / name).stat().st_size) for name in names}
     spec = manifest.spec.model_copy(update={"sha256": read_spec(folder / "spec.json").content_sha256()})
-    parts = {**manifest.key_parts, "spec": spec.sha256, "reference": file_sha256(folder / GOLDEN)}
+    golden = {"reference": file_sha256(folder / GOLDEN)} if (folder / GOLDEN).is_file() else {}
+    parts = {**manifest.key_parts, "spec": spec.sha256, **golden}
     new = {"files": files, "spec": spec, "key_parts": parts, "key": bundle_key(parts), **changes}
     (folder / MANIFEST).write_bytes(manifest_bytes(manifest.model_copy(update=new)))
 
 
 def quantised_layer(case: Case, op: str) -> tuple[Graph, LayerInGraph, Tensor]:
     """The middle quantised layer of a kind, and its weight."""
-    graph, spec = read_graph(case.folder / UNET), read_spec(case.folder / "spec.json").spec
+    graph, spec = read_graph(case.folder / case.unet), read_spec(case.folder / "spec.json").spec
     names = [name for name, layer in spec.layers.items() if layer.op == op and layer.weight == "int8"]
     name = names[len(names) // 2]
     return graph, LayerInGraph(graph, name), graph.tensors[f"{name}.weight"]
@@ -111,7 +116,7 @@ def trigger_index_shifted(case: Case) -> None:
 
     (Shifting every index would be no fault: attention does not ask for the order of the rows.)
     """
-    graph = read_graph(case.folder / UNET)
+    graph = read_graph(case.folder / case.unet)
     edited, reader = Edited(graph), graph.readers["row_index"][0]
     value, tokens = reader.outputs[0], read_manifest(case.folder).text.length
     edited.cut_off(value)
@@ -197,7 +202,11 @@ def wrong_tokenizer(case: Case) -> None:
 
 def golden_corrupted(case: Case) -> None:
     """A tenth of one golden prediction is zeros."""
-    file = case.folder / GOLDEN
+    damage_golden(case.folder / GOLDEN)
+
+
+def damage_golden(file: Path) -> None:
+    """Write the same goldens with a part of them zeros."""
     with safe_open(str(file), framework="numpy") as opened:
         tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
     flat = tensors["noise_pred"][0].reshape(-1)

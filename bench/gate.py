@@ -3,9 +3,10 @@
     python -m bench.gate [--quick] [--repo DIR] [--checkpoints a,b,...] [--out FILE.json]
 
 Works in a copy of the repository's bases, checkpoints and specs. Faults: every mutation of bench/_faults.py, judged up to
-level (c), with all that the gate may look at and by the bundle alone. Clean runs: each checkpoint four times against its
-own baseline: one thread, two threads, exported anew, and with inputs moved by one part in a million. False alarms are
-clean runs that fail. Worse specs: one layer at 4 bits at a time, and whether the first line names it.
+level (c), with all that the gate may look at and by the bundle alone; those of bench/_attached_faults.py, in an adapter, its
+goldens and its base's engine, likewise. Clean runs: each checkpoint, in both forms, four times against its own baseline: one
+thread, two threads, exported anew, and with inputs moved by one part in a million. False alarms are clean runs that fail.
+Worse specs: one layer at 4 bits at a time, and whether the first line names it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from typing import Any
 import click
 import numpy as np
 
+from bench._attached_gate import attached_clean_runs, attached_faults, known, prepare_attached
 from bench._faults import FAULTS, NEEDS_INT4, NEEDS_LORA, Case, export_with, inject, with_int4
+from bench._gate_rows import Row, timed, verdict
 from personalq.bundle import read_manifest
 from personalq.repository import Repository
 from personalq.spec import read_spec
@@ -35,6 +38,7 @@ from runtime.gate.subject import Sources, Subject
 
 CHECKPOINTS = "biscuit-the-dog,grandmas-mug,moss-mug,checker-cab,domino-the-dog"
 SPEC = "taq-w8a8"
+FORMS = ("both", "merged", "attached")
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,9 @@ def prepare(source: Path, root: Path, names: list[str], policies: tuple[str, ...
     from calibration.calibrate import CalibrateOptions, calibrate
     from exporters.export import export_checkpoint
 
-    for part in ("bases", "families", *(f"{kind}/{name}" for kind in ("checkpoints", "specs") for name in names)):
+    bases = [f"specs/{folder.name}" for folder in (source / "bases").iterdir()]
+    own = [f"{kind}/{name}" for kind in ("checkpoints", "specs") for name in names]
+    for part in ("bases", "families", *bases, *own):
         if (source / part).is_dir():
             shutil.copytree(source / part, root / part)
     repository = Repository.open(root)
@@ -88,7 +94,7 @@ def bundle_of(repository: Repository, name: str) -> Path:
     )
 
 
-def faults(bench: Bench, names: list[str]) -> Iterator[dict[str, Any]]:
+def faults(bench: Bench, names: list[str]) -> Iterator[Row]:
     """Each fault in a checkpoint it fits, once with everything the gate may look at, once with the bundle alone."""
     kinds = {name: bench.repository.card(name).kind for name in bench.bundles}
     four_bits = four_bit_bundle(bench, next(iter(bench.bundles)))
@@ -108,20 +114,6 @@ def faults(bench: Bench, names: list[str]) -> Iterator[dict[str, Any]]:
         yield {"fault": fault, "checkpoint": name, **verdict(full), "bundle_alone": verdict(alone)}
 
 
-def verdict(report: Report) -> dict[str, Any]:
-    """Which levels caught it, the first one's time, and its first failed check."""
-    levels = list(dict.fromkeys(check.level for check in report.failed))
-    names = list(report.seconds)  # of the levels that ended; a bundle that does not open ends the first
-    until = names[: names.index(levels[0]) + 1] if levels and levels[0] in names else names
-    return {
-        "caught": not report.passed,
-        "levels": levels,
-        "seconds": round(sum(report.seconds[name] for name in until), 2),
-        "first": report.headline,
-        "failed_checks": len(report.failed),
-    }
-
-
 def four_bit_bundle(bench: Bench, name: str) -> Path:
     """The checkpoint with three Linear layers at 4 bits: honest, and the soil for 'int4 nibbles swapped'."""
     spec_file = read_spec(bench.bundles[name] / "spec.json")
@@ -131,7 +123,7 @@ def four_bit_bundle(bench: Bench, name: str) -> Path:
     return export_with(bench.repository, name, made)
 
 
-def clean_runs(bench: Bench, baselines: Path) -> Iterator[dict[str, Any]]:
+def clean_runs(bench: Bench, baselines: Path) -> Iterator[Row]:
     """Accept each bundle once, then run it again in ways that change nothing but float order and bytes on disk."""
     for name, bundle in bench.bundles.items():
         sources = bench.sources(bundle)
@@ -159,12 +151,7 @@ def clean_run(kind: str, bundle: Path, options: Options, sources: Sources, bench
     return run_gate(bundle, replace(options, threads=2 if kind == "two threads" else 1), sources)
 
 
-def timed(report: Report) -> dict[str, Any]:
-    to_c = sum(report.seconds.get(level, 0.0) for level in ("integrity", "obedience", "numerics"))
-    return {"seconds_to_c": round(to_c, 2), "seconds": round(sum(report.seconds.values()), 2)}
-
-
-def worse_specs(bench: Bench, baselines: Path) -> Iterator[dict[str, Any]]:
+def worse_specs(bench: Bench, baselines: Path) -> Iterator[Row]:
     """One layer at 4 bits, rounded to nearest: must fail against the baseline, with that layer in the first line."""
     name, bundle = next(iter(bench.bundles.items()))
     spec_file = read_spec(bundle / "spec.json")
@@ -178,7 +165,7 @@ def worse_specs(bench: Bench, baselines: Path) -> Iterator[dict[str, Any]]:
         yield {"checkpoint": name, "layer": layer, "named_first": not report.passed and named, "first": report.headline}
 
 
-def shown(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+def shown(rows: Iterator[Row]) -> list[Row]:
     """All rows, each on stderr as soon as it is there: the whole takes minutes."""
     found = []
     for row in rows:
@@ -187,12 +174,13 @@ def shown(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield f"{'fault':30} {'checkpoint':18} {'caught by':32} {'s':>6}  bundle alone"
+def table(rows: list[Row]) -> Iterator[str]:
+    yield f"{'fault':30} {'checkpoint':18} {'form':8} {'caught by':32} {'s':>6}  bundle alone"
     for row in rows:
         alone = ", ".join(row["bundle_alone"]["levels"]) or "not caught"
         caught = ", ".join(row["levels"]) or "NOT CAUGHT"
-        yield f"{row['fault']:30} {row['checkpoint']:18} {caught:32} {row['seconds']:6.1f}  {alone}"
+        form = row.get("form", "merged")
+        yield f"{row['fault']:30} {row['checkpoint']:18} {form:8} {caught:32} {row['seconds']:6.1f}  {alone}"
 
 
 @click.command()
@@ -200,23 +188,35 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     "--repo", type=click.Path(path_type=Path, exists=True), default=Path("gallery/repository"), show_default=True
 )
 @click.option("--checkpoints", default=CHECKPOINTS, show_default=True, help="comma list of ids; one a LoRA")
-@click.option("--faults", "wanted", default="", help="comma list of faults (default: all)")
+@click.option("--faults", "wanted", default="", help="comma list of faults, of either form (default: all)")
+@click.option("--form", type=click.Choice(FORMS), default="both", show_default=True)
 @click.option("--clean", default=4, show_default=True, help="clean runs of each checkpoint, at most 4")
 @click.option("--pictures", default=0, show_default=True, help="pictures of a clean run beyond the two goldens")
 @click.option("--quick", is_flag=True, help="two checkpoints, no pictures")
 @click.option("--out", type=click.Path(path_type=Path), help="also write the JSON here")
-def main(repo: Path, checkpoints: str, wanted: str, clean: int, pictures: int, quick: bool, out: Path | None) -> None:
+def main(
+    repo: Path, checkpoints: str, wanted: str, form: str, clean: int, pictures: int, quick: bool, out: Path | None
+) -> None:
     """Inject every fault, run clean bundles, count; a table, then one JSON object as the last line."""
     started = time.perf_counter()
     names = checkpoints.split(",")[: 2 if quick else None]
+    asked, level = wanted.split(",") if wanted else [], "numerics" if quick else "images"
+    policies = () if form == "attached" else ("fp32", "taq") if pictures else ("taq",)
+    rows, runs, worse, base_spec = list[Row](), list[Row](), list[Row](), ""
     with tempfile.TemporaryDirectory(prefix="personalq-gate-") as scratch:
-        root = Path(scratch) / "repository"
-        repository = prepare(repo, root, names, ("fp32", "taq") if pictures else ("taq",))
-        bundles = {name: bundle_of(repository, name) for name in names}
-        bench = Bench(repository, bundles, "numerics" if quick else "images", clean, pictures=pictures)
-        rows = shown(faults(bench, wanted.split(",") if wanted else list(FAULTS)))
-        runs = shown(clean_runs(bench, Path(scratch) / "baselines.json"))
-        worse = shown(worse_specs(bench, Path(scratch) / "baselines.json")) if runs else []
+        repository = prepare(repo, Path(scratch) / "repository", names, policies)
+        baselines = Path(scratch) / "baselines.json"
+        if form != "attached":
+            bundles = {name: bundle_of(repository, name) for name in names}
+            bench = Bench(repository, bundles, level, clean, pictures=pictures)
+            rows += shown(faults(bench, [fault for fault in asked if fault in FAULTS] if asked else list(FAULTS)))
+            runs += shown(clean_runs(bench, baselines))
+            worse += shown(worse_specs(bench, baselines)) if runs else []
+        if form != "merged":
+            attached = prepare_attached(repository, names, level, clean)
+            base_spec = attached.base_spec
+            rows += shown(attached_faults(attached, known(asked)))
+            runs += shown(attached_clean_runs(attached, baselines, pictures))
     click.echo("\n".join(table(rows)))
     alarms = [run for run in runs if not run["passed"]]
     click.echo(f"clean runs: {len(runs)}, false alarms: {len(alarms)}")
@@ -224,6 +224,7 @@ def main(repo: Path, checkpoints: str, wanted: str, clean: int, pictures: int, q
     slowest = [run["seconds_to_c"] for run in runs if "seconds_to_c" in run]
     summary = {
         "bench": "gate",
+        "base_spec": base_spec,
         "faults": len(rows),
         "caught": sum(row["caught"] for row in rows),
         "caught_by_bundle_alone": sum(row["bundle_alone"]["caught"] for row in rows),

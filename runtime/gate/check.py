@@ -47,7 +47,8 @@ class Report:
 
     measured: per metric, one value per golden input or picture. layers: SNR in dB at each sampled layer and block, mean
     over golden inputs, in the order the graph computes them; before: the same of the baseline. seconds: by level.
-    left_out: what could not be compared because it was not there to compare with.
+    left_out: what could not be compared because it was not there to compare with. form: 'merged', 'base', or 'attached': to
+    `bundle`, its base's, with `adapter`.
     """
 
     bundle: Path
@@ -60,6 +61,15 @@ class Report:
     pictures: Pictures | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    form: str = "merged"
+    adapter: Path | None = None
+
+    @property
+    def described(self) -> str:
+        """Which files were judged, in words."""
+        if self.adapter is not None:
+            return f"attached: adapter {self.adapter.name} to base bundle {self.bundle.name}"
+        return f"{'base bundle' if self.form == 'base' else 'bundle'} {self.bundle.name}"
 
     @property
     def passed(self) -> bool:
@@ -73,9 +83,11 @@ class Report:
         return {
             "passed": self.passed,
             "headline": self.headline,
+            "form": self.form,
             "checks": [check.to_json() for check in self.checks],
             "left_out": list(self.left_out),
             "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+            **({} if self.adapter is None else {"adapter": str(self.adapter)}),
         }
 
 

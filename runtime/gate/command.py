@@ -44,12 +44,7 @@ def verify_command(opened: "Callable[[], Repository]", open_weights: "Callable[[
 
         made = answer(Request(**asked), opened, open_weights)
         report, written = made.report, [str(made.baseline)] if made.baseline else []
-        data = {
-            **report.to_json(),
-            "bundle": str(report.bundle),
-            "form": made.form,
-            "written": [*written, *made.reports],
-        }
+        data = {**report.to_json(), "bundle": str(report.bundle), "written": [*written, *made.reports]}
         return Result(data, _lines(report, [*written, *made.reports]), code=0 if report.passed else 1)
 
     return verify
@@ -69,4 +64,5 @@ def _lines(report: "Report", files: Sequence[str]) -> list[Any]:
         table.add_row(*(Text(cell, style) for cell in cells), Text("" if check.passed else check.reason))
     seconds = ", ".join(f"{level} {value:.1f} s" for level, value in report.seconds.items())
     notes = [f"not compared: {text}" for text in report.left_out] + [f"wrote {file}" for file in files]
+    notes = [report.described, *notes] if report.form != "merged" else notes
     return [Text(report.headline), table, Text(seconds), *map(Text, notes)]

@@ -39,8 +39,9 @@ OBEDIENCE: tuple[tuple[str, Computed], ...] = (
     ("kept rows matter", kernels.kept_rows_matter),
     ("kernels", kernels.kernels),
     ("adapter", attachment.is_the_delta),
-    ("adapter's way", attachment.no_quantiser),
+    ("adapter's way", attachment.matrices_way),
     ("adapter's strength", attachment.strength_counts),
+    ("adapter's text strength", attachment.text_strength_counts),
     ("adapter's trigger", attachment.trigger_in_goldens),
 )
 NUMERICS: tuple[tuple[str, Computed], ...] = (
@@ -83,46 +84,69 @@ def run_gate(bundle: Path, options: Options, sources: Sources | None = None, ada
     adapter: of the checkpoint that is judged, attached to `bundle`, its base's.
     """
     sources, started = sources or Sources(), time.perf_counter()
-    opened: Opened | None = None
     try:
-        manifest = read_manifest(bundle)
-        intact = [integrity.files_intact(bundle, manifest)]
-        name = baselines.entry_name(manifest)
-        if adapter is not None:
-            of_adapter = read_adapter_manifest(adapter)
-            name = baselines.entry_name(manifest.model_copy(update={"checkpoint": of_adapter.checkpoint}))
-            intact.append(attachment.intact(adapter, of_adapter))
-            opened = open_adapter(adapter) if intact[-1].passed else None
+        judged = _judged(bundle, adapter)
     except (PersonalQError, OSError) as error:
-        return _ended(bundle, bundle.name[:12], [failed("files intact", one_line(error))])
-    if not all(check.passed for check in intact):
-        return _ended(bundle, name, intact)
-    checks = [*intact, *_integrity(bundle, manifest, sources, opened)]
+        report = _ended(bundle, bundle.name[:12], [failed("files intact", one_line(error))])
+        return replace(report, form="merged" if adapter is None else "attached", adapter=adapter)
+    return replace(_report(judged, options, sources, started), form=judged.form, adapter=adapter)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What was read of the files: manifest of the bundle, the adapter where one is attached, whether all files are intact."""
+
+    bundle: Path
+    manifest: Manifest
+    name: str
+    form: str
+    intact: tuple[Check, ...]
+    opened: Opened | None = None
+
+    @property
+    def is_intact(self) -> bool:
+        return all(check.passed for check in self.intact)
+
+
+def _judged(bundle: Path, adapter: Path | None) -> _Judged:
+    """Read manifests and hash files. Raises BundleError or OSError."""
+    manifest = read_manifest(bundle)
+    files = integrity.files_intact(bundle, manifest)
+    if adapter is None:
+        return _Judged(bundle, manifest, baselines.entry_name(manifest), manifest.kind, (files,))
+    of_adapter = read_adapter_manifest(adapter)
+    seen = manifest.model_copy(update={"kind": "base", "checkpoint": of_adapter.checkpoint})
+    intact = (files, attachment.intact(adapter, of_adapter))
+    opened = open_adapter(adapter) if all(check.passed for check in intact) else None
+    return _Judged(bundle, manifest, baselines.entry_name(seen), "attached", intact, opened)
+
+
+def _report(judged: _Judged, options: Options, sources: Sources, started: float) -> Report:
+    """Every level that was asked for, up to the first that makes the next ones impossible."""
+    bundle, name = judged.bundle, judged.name
+    if not judged.is_intact:
+        return _ended(bundle, name, judged.intact)
+    checks = [*judged.intact, *_integrity(judged, sources)]
     if options.baseline is not None and options.level not in MEASURED:
-        reason = (
-            f"{options.baseline}: needs the levels that measure something, got {options.level!r}; run {MEASURED[0]}"
-        )
-        checks.append(failed("baseline", reason))
+        reason = f"needs the levels that measure something, got {options.level!r}; run {MEASURED[0]}"
+        checks.append(failed("baseline", f"{options.baseline}: {reason}"))
     seconds = {"integrity": time.perf_counter() - started}
     if options.level == "integrity":
         return replace(_ended(bundle, name, checks), seconds=seconds)
     try:
-        subject = Subject(bundle, manifest, sources, options.threads, opened)
+        subject = Subject(bundle, judged.manifest, sources, options.threads, judged.opened)
         _ = subject.pipeline
     except Exception as error:  # the boundary: a bundle that cannot be opened is a failed check, whatever the cause
         return _ended(bundle, name, [*checks, failed(OPENS, reason_of(error))])
-    run = Run(subject, options, name, checks, seconds)
-    return run.report()
+    return Run(subject, options, name, checks, seconds).report()
 
 
-def _integrity(bundle: Path, manifest: Manifest, sources: Sources, opened: Opened | None) -> list[Check]:
+def _integrity(judged: _Judged, sources: Sources) -> list[Check]:
     """Whether bundle and adapter are what their keys say."""
+    manifest, opened = judged.manifest, judged.opened
+    checks = _guarded("key", "integrity", lambda: integrity.consistent(judged.bundle, manifest, sources))
     if opened is None:
-        return _guarded("key", "integrity", lambda: integrity.consistent(bundle, manifest, sources))
-    of_base = replace(
-        sources, weights_sha256=None, settings=None
-    )  # the checkpoint's: what is compared with the adapter
-    checks = _guarded("key", "integrity", lambda: integrity.consistent(bundle, manifest, of_base))
+        return checks
     return checks + _guarded("adapter", "integrity", lambda: attachment.consistent(opened.manifest, manifest, sources))
 
 

@@ -17,6 +17,7 @@ from personalq.goldens import GOLDEN, VERSION
 from personalq.repository import Repository
 from personalq.repository.atomic import write_atomic
 from personalq.repository.identity import weights_sha256
+from personalq.repository.results import Whole
 from personalq.repository.settings import read_settings
 from personalq.spec import REFERENCE
 from personalq.weights.header import read_header
@@ -53,12 +54,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """The report and the files that were written. form: 'attached' or 'merged'."""
+    """The report and the files that were written."""
 
     report: Report
     baseline: Path | None
     reports: list[str]
-    form: str = "merged"
 
 
 def answer(request: Request, opened: Callable[[], Repository], open_weights: Callable[[], OpenWeights]) -> Answer:
@@ -78,9 +78,9 @@ def answer(request: Request, opened: Callable[[], Repository], open_weights: Cal
         against=request.against,
     )
     report = run_gate(folder, options, sources, found.adapter)
-    report = _with_cure(report, folder, repository) if found.adapter is None else report
+    report = _with_cure(report, found, repository)
     updated = file if request.update_baseline and report.passed else None
-    return Answer(report, updated, write_reports([report], request), found.form)
+    return Answer(report, updated, write_reports([report], request))
 
 
 def located(bundle: str, opened: Callable[[], Repository]) -> tuple[Found, Repository | None]:
@@ -111,38 +111,54 @@ def _attached(folder: Path, repository: Repository | None) -> Found:
             f"{folder.name[:12]}: must have an engine of its base beside it, got none; run 'personalq export --base "
             f"{manifest.checkpoint.base}'"
         )
-    return Found(engines[-1], FALLBACK, adapter=folder)
+    quantised = [engine for engine in engines if read_manifest(engine).spec.policy not in REFERENCE_POLICIES]
+    return Found((quantised or engines)[-1], FALLBACK, adapter=folder)
 
 
-def _with_cure(report: Report, folder: Path, repository: Repository | None) -> Report:
-    """The same report; of a bundle that was exported without goldens, the check that needs them says how they are made."""
-    if (folder / GOLDEN).is_file() or all(check.name != OPENS for check in report.failed):
+def _with_cure(report: Report, found: Found, repository: Repository | None) -> Report:
+    """The same report; where there are no goldens, the check that needs them says how they are made."""
+    if all(check.name != OPENS for check in report.failed):
         return report
-    manifest = read_manifest(folder)
-    if manifest.key_parts.get("reference") != NO_REFERENCE:
+    reason = _no_goldens(found, repository)
+    if not reason:
         return report
-    reason = f"must hold what torch computes in FP32 (a reference), got a bundle exported without; {_cure(manifest, repository)}"
     checks = tuple(
-        replace(check, name="reference", reason=f"{GOLDEN}: {reason}") if check.name == OPENS else check
-        for check in report.checks
+        replace(check, name="reference", reason=reason) if check.name == OPENS else check for check in report.checks
     )
     return replace(report, checks=checks, headline=headline(report.subject, checks))
+
+
+def _no_goldens(found: Found, repository: Repository | None) -> str:
+    """Why there are none, and what makes them; '' when there are, or when the bundle lost its own."""
+    wanted = "must hold what torch computes in FP32 (a reference), got"
+    if found.adapter is not None:
+        id_ = read_adapter_manifest(found.adapter).checkpoint.id
+        if repository is None or (repository.root / "specs" / folder_name(id_) / REFERENCE).is_file():
+            return ""
+        quoted, place = shlex.quote(id_), f"specs/{folder_name(id_)}/{REFERENCE}"
+        return (
+            f"{place}: {wanted} no file; run: personalq calibrate {quoted} --policy fp16 && personalq verify {quoted}"
+        )
+    manifest = read_manifest(found.bundle)
+    if (found.bundle / GOLDEN).is_file() or manifest.key_parts.get("reference") != NO_REFERENCE:
+        return ""
+    return f"{GOLDEN}: {wanted} a bundle exported without; {_cure(manifest, repository)}"
 
 
 def _cure(manifest: Manifest, repository: Repository | None) -> str:
     """The commands that make a reference, as cheaply as it can be made, and a bundle that holds it."""
     id_, policy = manifest.checkpoint.id, manifest.spec.policy
-    quoted = shlex.quote(id_)
+    quoted, base = shlex.quote(id_), "--base " if manifest.kind == "base" else ""
     made = repository is not None and _has_reference(repository.root / "specs" / folder_name(id_), manifest)
     calibrate = (
         ""
         if made
-        else f"personalq calibrate {quoted} --policy {policy if policy in REFERENCE_POLICIES else 'fp16'} && "
+        else f"personalq calibrate {base}{quoted} --policy {policy if policy in REFERENCE_POLICIES else 'fp16'} && "
     )
     if policy in REFERENCE_POLICIES:
-        return f"run: {calibrate}personalq export {quoted} --spec {policy} && personalq verify {quoted}"
+        return f"run: {calibrate}personalq export {base}{quoted} --spec {policy} && personalq verify {quoted}"
     here = f"specs/{folder_name(id_)}/"
-    return f"run: {calibrate}personalq export {quoted} --spec FILE, with the spec's file in {here} beside {REFERENCE}"
+    return f"run: {calibrate}personalq export {base}{quoted} --spec FILE, with the spec's file in {here} beside {REFERENCE}"
 
 
 def _has_reference(specs: Path, manifest: Manifest) -> bool:
@@ -178,24 +194,50 @@ def sources_of(
         return Sources(judge=scores)
     base, checkpoint = whole.base_dir, whole.checkpoint_dir
     own = open_weights()(base, checkpoint, whole.card.kind)
-    merged = _reader(own)
-    owner = id_ if adapter is None else whole.card.base
-    others = Store(repository.root).bundles(owner)
-    reference = [other for other in others if read_manifest(other).spec.policy == REFERENCE_POLICIES[0]]
     found = Sources(
-        weights=merged,
+        weights=_reader(own),
         weights_sha256=lambda: weights_sha256(base, checkpoint),
         settings=read_settings(base, checkpoint),
-        reference=reference[0] if reference and reference[0].resolve() != folder.resolve() else None,
+        reference=_reference(
+            Store(repository.root), whole.card.base if adapter else id_, folder, weights_sha256(base, None)
+        ),
         judge=scores,
     )
-    if adapter is None:
-        return found
-    changed = {name: part.changed for name, part in own.components.items() if part.changed}
-    card = whole.card
-    delta = Delta(merged, changed, own.first_added_id, tuple(card.trigger), card.class_noun)
-    golden = repository.root / "specs" / folder_name(id_) / REFERENCE
-    return replace(found, weights=_reader(open_weights()(base, None, card.kind)), delta=delta, golden=golden)
+    return found if adapter is None else _of_attached(found, whole, own, open_weights(), repository)
+
+
+def _of_attached(found: Sources, whole: Whole, own: Any, opens: OpenWeights, repository: Repository) -> Sources:
+    """The same where the graphs are the base's: its weights and settings for them, the checkpoint's as a delta."""
+    assert found.weights is not None and found.weights_sha256 is not None and found.settings is not None
+    card, base = whole.card, whole.base_dir
+    delta = Delta(
+        merged=found.weights,
+        changed={name: part.changed for name, part in own.components.items() if part.changed},
+        first_added_id=own.first_added_id,
+        learned=tuple((token, tuple(pieces)) for token, pieces in own.added_tokens),
+        trigger=tuple(card.trigger),
+        class_noun=card.class_noun,
+        weights_sha256=found.weights_sha256,
+        settings=found.settings,
+    )
+    return replace(
+        found,
+        weights=_reader(opens(base, None, card.kind)),
+        weights_sha256=lambda: weights_sha256(base, None),
+        settings=read_settings(base),
+        delta=delta,
+        golden=repository.root / "specs" / folder_name(card.id) / REFERENCE,
+    )
+
+
+def _reference(store: Store, owner: str, folder: Path, base_sha256: str) -> Path | None:
+    """The owner's unquantised bundle, to draw more pictures with; None when that is the one judged, or of another base."""
+    for other in store.bundles(owner):
+        manifest = read_manifest(other)
+        fits = manifest.kind != "base" or manifest.key_parts.get("weights") == base_sha256
+        if manifest.spec.policy == REFERENCE_POLICIES[0] and fits:
+            return other if other.resolve() != folder.resolve() else None
+    return None
 
 
 def _reader(weights: Any) -> ReadWeight:

@@ -15,7 +15,7 @@ from personalq.errors import BundleError
 from personalq.goldens import GOLDEN, POOLED, TENSORS, VERSION
 from personalq.repository.settings import Settings
 from personalq.rows import find_sequence
-from personalq.spec import SpecFile, read_spec
+from personalq.spec import REFERENCE, SpecFile, read_spec
 
 from ..drawing.attaching import Chosen, Opened, Wearing
 from ..drawing.pipeline import Pipeline
@@ -45,24 +45,27 @@ ReadWeight = Callable[[str, str], npt.NDArray[Any]]
 class Delta:
     """What an attached checkpoint changes in its base: merged reads its own tensors; changed: component -> parameters.
 
-    first_added_id: the row of the text encoders' token embedding where the added ones begin. trigger, class_noun: the card's.
+    first_added_id: the row of the text encoders' token embedding where the added ones begin; learned: those tokens, each
+    with its pieces. trigger, class_noun: the card's. weights_sha256, settings: of base and delta, as they are now.
     """
 
     merged: ReadWeight
     changed: Mapping[str, frozenset[str]]
     first_added_id: int
+    learned: tuple[tuple[str, tuple[str, ...]], ...]
     trigger: tuple[str, ...]
     class_noun: str
+    weights_sha256: Callable[[], str]
+    settings: Settings
 
 
 @dataclass(frozen=True)
 class Sources:
     """What a check may use besides the bundle; each may be missing, and its checks are then left out, and `missing` says so.
 
-    weights: reads the tensors that the graphs hold: the checkpoint's, or its base's when it is attached; delta: the rest
-    then. weights_sha256: of the checkpoint as it lies in the repository now. settings: its scheduler and tokenizers.
-    golden: where the goldens of an attached checkpoint are; those of others lie in their bundle.
-    reference: the unquantised form of the same checkpoint. judge: see Judge.
+    weights, weights_sha256, settings (scheduler and tokenizers): of what the graphs hold, as it lies in the repository now:
+    the checkpoint, or its base when it is attached; delta: the rest then. golden: where the goldens of an attached
+    checkpoint are; those of others lie in their bundle. reference: the unquantised form of the same. judge: see Judge.
     """
 
     weights: ReadWeight | None = None
@@ -77,7 +80,7 @@ class Sources:
         """What cannot be compared for lack of a source, in words."""
         reasons = {
             "stored weights: the checkpoint is not in the repository": self.weights,
-            "more pictures: the repository has no fp32 bundle of this checkpoint": self.reference,
+            "more pictures: the repository has no fp32 bundle of this checkpoint, nor of its base": self.reference,
         }
         return tuple(text for text, source in reasons.items() if source is None)
 
@@ -107,11 +110,20 @@ class Subject:
         self.wearing = Wearing(self.engine_manifest, self.bundle, self.chosen)
         self.manifest = self.wearing.manifest
         self.limits = LIMITS[precision(self.manifest)]
-        self.golden, self.notes = read_golden(self.sources.golden or inside(self.bundle, GOLDEN))
+        self.golden, self.notes = read_golden(self._golden_file())
         self.prompts: list[str] = json.loads(self.notes.get("prompts", "[]"))
         self.steps = int(self.notes.get("steps", self.manifest.steps))
         self.guidance = float(self.notes.get("guidance", self.manifest.guidance))
         self.sampler = self.notes.get("sampler", "ddim")  # goldens that do not say were drawn by DDIM
+
+    def _golden_file(self) -> Path:
+        """Goldens are of one checkpoint: those in a base's bundle are the base's own, not those of what is attached to it."""
+        if self.adapter is not None and self.sources.golden is None:
+            id_ = self.manifest.checkpoint.id
+            raise BundleError(
+                f"{REFERENCE}: must be the goldens of {id_}, got none beside its adapter; verify it by its id, in its repository"
+            )
+        return self.sources.golden or inside(self.bundle, GOLDEN)
 
     @cached_property
     def engine(self) -> OrtEngine:

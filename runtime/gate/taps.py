@@ -85,14 +85,23 @@ def layer_output(graph: Graph, name: str) -> str:
 
 
 def _with_branch(graph: Graph, name: str, value: str) -> str:
-    """The sum of a layer's output and its adapter's branch, where it has one: behind a Transpose to channels last or not."""
+    """The sum of a layer's output and its adapter's branch, where it has one: behind a Transpose to channels last or not.
+
+    The sum is a node of the branch, or the one that adds the bias, which is a row of the branch's product then.
+    """
     readers = graph.readers.get(value, [])
     turned = [node.outputs[0] for node in readers if node.op == "Transpose"]
     for one in (value, *turned):
         for node in graph.readers.get(one, []):
-            if node.op == "Add" and node.name.startswith(f"{name}.branch_"):
+            made = (graph.producers.get(source) for source in node.inputs if source != one)
+            is_of_branch = any(other is not None and _is_branch(other, name) for other in (node, *made))
+            if node.op == "Add" and is_of_branch:
                 return node.outputs[0]
     return value
+
+
+def _is_branch(node: Node, name: str) -> bool:
+    return node.name.startswith(f"{name}.branch_")
 
 
 def _is_turned(graph: Graph, value: str) -> bool:

@@ -1,8 +1,9 @@
 """Level (a): is this bundle what its key says? Hashes, manifest, spec and goldens against one another; no graph is opened."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from personalq.bundle import SPEC, Manifest, bundle_key, check_files, file_sha256, inside
 from personalq.errors import PersonalQError
@@ -45,13 +46,13 @@ def consistent(bundle: Path, manifest: Manifest, sources: Sources) -> Iterator[C
         )
         yield none_of("checkpoint is as it was exported", problem)
     if sources.settings is not None:
-        yield none_of("scheduler is the checkpoint's", _scheduler_differs(manifest, sources.settings))
+        yield none_of("scheduler is the checkpoint's", scheduler_differs(manifest.scheduler, sources.settings))
         yield none_of("tokenizers are the checkpoint's", list(_tokenizers_differ(bundle, sources.settings)))
 
 
-def _scheduler_differs(manifest: Manifest, settings: Settings) -> list[str]:
-    """The fields in which the bundle's scheduler is not the one that the checkpoint, or its base, ships now."""
-    ours, theirs = manifest.scheduler, settings.scheduler.settings
+def scheduler_differs(ours: Mapping[str, Any], settings: Settings) -> list[str]:
+    """The fields in which a manifest's scheduler is not the one that the checkpoint, or its base, ships now."""
+    theirs = settings.scheduler.settings
     return [
         f"manifest.json: scheduler.{name}: must be {theirs.get(name)!r}, got {ours.get(name)!r}; export the checkpoint again"
         for name in sorted({*ours, *theirs})

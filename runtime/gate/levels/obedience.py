@@ -12,7 +12,7 @@ from personalq.errors import PersonalQError
 from personalq.numerics import QTYPES, quantize
 from personalq.spec import LayerSpec
 
-from ...engines.engine import LOWERING
+from ...engines.engine import LOWERING, WIDE
 from ...engines.onnxfile import Graph, Node, Tensor
 from ..check import Check, equal, none_of
 from ..subject import Subject
@@ -27,23 +27,30 @@ COMPONENT_OF |= {name: name for name in ("text_encoder", "text_encoder_2")}
 
 def spec_in_graph(subject: Subject) -> Iterator[Check]:
     """Layers, widths, scales and zero points of the graph are the spec's, and so is the manifest's census."""
-    spec, tensors = subject.spec_file.spec, subject.spec_file.tensors
-    graph = subject.unet
-    problems: list[str] = []
-    census: Counter[str] = Counter()
-    culprit = ""
-    for name, decision in spec.layers.items():
-        found = layer_in_graph(graph, name)
-        census[f"{decision.op} {found.weight_kind(decision)}/{found.activation_kind}"] += 1
-        wrong = _layer_problems(found, decision, name, tensors)
-        culprit = culprit or (name if wrong else "")
-        problems += wrong
-    yield none_of("layers that differ from the spec", problems, culprit)
+    spec = subject.spec_file.spec
+    check, census = _layers_of(subject, subject.unet, "layers that differ from the spec")
+    yield check
     wanted: Counter[str] = Counter(f"{d.op} {d.weight}/{d.activation}" for d in spec.layers.values())
     for what, other in (("spec", wanted), ("manifest", subject.manifest.census)):
         odd = sorted(key for key in {*census, *other} if census.get(key, 0) != other.get(key, 0))
         texts = [f"{key}: must be {other.get(key, 0)} as in the {what}, got {census.get(key, 0)}" for key in odd]
         yield none_of(f"census of the graph is the {what}'s", texts)
+    files = subject.engine_manifest.graphs.unet  # a base has two: for adapters of attention, and for those of any layer
+    for file in (files[name] for name in (LOWERING, WIDE) if name in files and files[name] != subject.unet_path.name):
+        yield _layers_of(subject, subject.graph(file), f"layers of {file} that differ from the spec")[0]
+
+
+def _layers_of(subject: Subject, graph: Graph, what: str) -> tuple[Check, Counter[str]]:
+    """The check `what` over one of the UNet's graphs, and how many layers of each kind it has."""
+    problems, culprit = list[str](), ""
+    census: Counter[str] = Counter()
+    for name, decision in subject.spec_file.spec.layers.items():
+        found = layer_in_graph(graph, name)
+        census[f"{decision.op} {found.weight_kind(decision)}/{found.activation_kind}"] += 1
+        wrong = _layer_problems(found, decision, name, subject.spec_file.tensors)
+        culprit = culprit or (name if wrong else "")
+        problems += wrong
+    return none_of(what, problems, culprit), census
 
 
 class LayerInGraph:

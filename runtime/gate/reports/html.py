@@ -73,7 +73,7 @@ def html(reports: Sequence[Report]) -> str:
 def _report(report: Report) -> Iterator[str]:
     verdict = "passed" if report.passed else "failed"
     yield f'<main class="{verdict}"><h1><span class="verdict">{verdict.upper()}</span>{escape(report.subject)}</h1>'
-    yield f'<p class="headline">{escape(report.headline)}<br>bundle {escape(report.bundle.name)}</p>'
+    yield f'<p class="headline">{escape(report.headline)}<br>{escape(report.described)}</p>'
     yield "".join(f'<p class="soft">Not compared: {escape(text)}</p>' for text in report.left_out)
     yield f'<div class="levels">{"".join(_levels(report))}</div>'
     if report.failed:

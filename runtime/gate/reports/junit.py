@@ -22,6 +22,7 @@ def _add_suite(root: ET.Element, report: Report) -> None:
     seconds = f"{sum(report.seconds.values()):.3f}"
     counts = {"tests": str(len(report.checks)), "failures": str(len(report.failed)), "errors": "0", "skipped": "0"}
     suite = ET.SubElement(root, "testsuite", {"name": _clean(report.subject), "time": seconds, **counts})
+    ET.SubElement(ET.SubElement(suite, "properties"), "property", name="form", value=_clean(report.described))
     for check in report.checks:
         case = ET.SubElement(suite, "testcase", classname=f"personalq.gate.{check.level}", name=_clean(check.name))
         if not check.passed:

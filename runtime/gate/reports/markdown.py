@@ -18,6 +18,8 @@ def markdown(reports: Sequence[Report]) -> str:
 def _section(report: Report) -> Iterator[str]:
     yield f"### {'✅' if report.passed else '❌'} {_text(report.headline)}"
     yield ""
+    if report.form != "merged":
+        yield from (f"Form: {_text(report.described)}", "")
     if report.failed:
         yield from _table(report.failed)
         yield ""
