@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .drawing.attaching import Chosen, open_adapter
     from .drawing.image import side_by_side, write_png
     from .drawing.pipeline import Picture, Pipeline, Settings, Step, start_noise
     from .engines.engine import Engine, open_engine
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from .store import Found, Store, find
 
 _HOME = {
+    "Chosen": "drawing.attaching",
+    "open_adapter": "drawing.attaching",
     "Engine": "engines.engine",
     "OrtEngine": "engines.ort",
     "open_engine": "engines.engine",
@@ -35,6 +38,7 @@ _HOME = {
 
 __all__ = [
     "Check",
+    "Chosen",
     "Engine",
     "Found",
     "OrtEngine",
@@ -45,6 +49,7 @@ __all__ = [
     "Step",
     "Store",
     "find",
+    "open_adapter",
     "open_engine",
     "side_by_side",
     "start_noise",
