@@ -202,6 +202,34 @@ def differences(rows: list[Row]) -> list[dict[str, Any]]:
     return result
 
 
+def rounded_away(path: Path) -> list[dict[str, Any]]:
+    """What merging rounds away: each adapter's change of a layer beside the step of the merged layer's quantiser.
+
+    Per checkpoint and width, over the UNet's layers: the median of rms(W' - W) / step (step: the mean of the channels'
+    scales), and the share of integers that the change leaves as they were.
+    """
+    from personalq.numerics import INT4, INT8, mse_scale, quantize
+    from personalq.repository import Repository
+    from personalq.weights.checkpoint import open_weights
+
+    repository, found = Repository.open(path), []
+    for checkpoint_id in adapters_of(repository):
+        whole = repository.whole(checkpoint_id)
+        base = open_weights(whole.base_dir, None, whole.card.kind).component("unet")
+        own = open_weights(whole.base_dir, whole.checkpoint_dir, whole.card.kind).component("unet")
+        layers = [name for name in sorted(own.changed) if not name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))]
+        for qtype in (INT8, INT4) if layers else ():
+            ratios, same = [], []
+            for name in layers:
+                before, after = (np.asarray(one.read(name), np.float32) for one in (base, own))
+                scale = mse_scale(after, qtype, 0)
+                ratios.append(float(np.sqrt(np.mean((after - before) ** 2)) / scale.mean()))
+                same.append(float(np.mean(quantize(after, scale, qtype, 0) == quantize(before, scale, qtype, 0))))
+            told = {"checkpoint": checkpoint_id, "weight": qtype.name, "layers": len(layers)}
+            found.append({**told, "rms_over_step": float(np.median(ratios)), "same_integers": float(np.mean(same))})
+    return found
+
+
 def table(rows: list[Row]) -> Iterator[str]:
     """One line per form, policy and whether the base had seen the checkpoint: means over checkpoints."""
     yield f"{'form':22} {'policy':10} {'seen':5} {'n':>3} {'PSNR dB':>8} {'SSIM':>6} {'concept':>8} {'prompt':>7}"

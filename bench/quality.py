@@ -285,6 +285,7 @@ def finish_forms(plan: _forms.Forms, rows: list[Row], started: float, out: Path 
         "plan": plan.key,
         "rows": rows,
         "differences": _forms.differences(rows),
+        "rounded_away": _forms.rounded_away(plan.repository),
         "seconds": round(time.perf_counter() - started, 1),
         "machine": f"{platform.machine()} {platform.system()}",
         "versions": {name: version(name) for name in ("onnxruntime", "torch", "diffusers")},
