@@ -1,6 +1,6 @@
 """Levels (a) and (b) of an attached checkpoint: is its adapter its delta, does it fit the engine, does every matrix count?"""
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +19,15 @@ from ...engines.engine import LOWERING, WIDE
 from ...engines.onnxfile import Graph, Node
 from ..check import Check, at_most, equal, none_of
 from ..subject import Delta, Float, Sources, Subject
+from ..taps import Seen
 from .integrity import scheduler_differs
 from .obedience import QUANTISERS
 
 # The share of a change that float16 matrices may lack: each side rounds at 2^-11, and alpha / rank may round once more.
 HALF_ERROR = 2.0**-9
 STRENGTHS = (0.0, 0.5)
+# Of a branch, how many times itself its layer lacks: errors before the layer move that, by less than STRAYS in clean runs.
+STRAYS, SURE = 0.3, 4.0
 PASSES = ("Unsqueeze", "Reshape", "Cast", "Identity")  # what the strength goes through on its way to a branch
 MOST_SHARE = 0.75  # of the effect of strength 1, what strength 0.5 may have: a network is no straight line
 
@@ -234,6 +237,29 @@ def text_strength_counts(subject: Subject) -> Iterator[Check]:
         for attached in (replace(PLAIN, added=subject.attached.added), attach(inputs, [worn]))
     )
     yield equal("adapter: text values that strength 0 leaves changed", int((none != plain).sum()), 0)
+
+
+def branches_fit(golden: Mapping[str, Float], seen: Seen) -> Check:
+    """Each branch is what its layer lacks beside the goldens: by least squares, neither half nor twice that, nor another's.
+
+    golden: layer -> (N, samples). A branch that is small beside the rounding around it says nothing: the distance from 1 must
+    exceed STRAYS and SURE standard errors of the factor.
+    """
+    problems, culprit = list[str](), ""
+    for layer, branch in seen.branches.items():
+        added = branch.astype(np.float64).ravel()
+        lacking = (golden[layer].astype(np.float64) - seen.layers[layer]).ravel() + added
+        square = float(added @ added)
+        if square == 0.0:
+            continue
+        factor = float(lacking @ added) / square
+        error = float(np.linalg.norm(lacking - factor * added)) / np.sqrt(square * max(added.size - 1, 1))
+        if abs(factor - 1) > STRAYS + SURE * error:
+            problems.append(
+                f"{layer}: must add what it lacks beside the goldens, of its branch {factor:.2f} times; export again"
+            )
+            culprit = culprit or layer
+    return none_of("adapter: branches that are not what their layers lack", problems, culprit)
 
 
 def trigger_in_goldens(subject: Subject) -> Iterator[Check]:
