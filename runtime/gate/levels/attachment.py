@@ -26,8 +26,7 @@ from .obedience import QUANTISERS
 # The share of a change that float16 matrices may lack: each side rounds at 2^-11, and alpha / rank may round once more.
 HALF_ERROR = 2.0**-9
 STRENGTHS = (0.0, 0.5)
-# Of a branch, how many times itself its layer lacks: errors before the layer move that, by less than STRAYS in clean runs.
-STRAYS, SURE = 0.3, 4.0
+SURE = 4.0  # standard errors of a factor
 PASSES = ("Unsqueeze", "Reshape", "Cast", "Identity")  # what the strength goes through on its way to a branch
 MOST_SHARE = 0.75  # of the effect of strength 1, what strength 0.5 may have: a network is no straight line
 
@@ -239,11 +238,11 @@ def text_strength_counts(subject: Subject) -> Iterator[Check]:
     yield equal("adapter: text values that strength 0 leaves changed", int((none != plain).sum()), 0)
 
 
-def branches_fit(golden: Mapping[str, Float], seen: Seen) -> Check:
+def branches_fit(golden: Mapping[str, Float], seen: Seen, stray: float) -> Check:
     """Each branch is what its layer lacks beside the goldens: by least squares, neither half nor twice that, nor another's.
 
     golden: layer -> (N, samples). A branch that is small beside the rounding around it says nothing: the distance from 1 must
-    exceed STRAYS and SURE standard errors of the factor.
+    exceed `stray`, which errors before the layer make, and SURE standard errors of the factor.
     """
     problems, culprit = list[str](), ""
     for layer, branch in seen.branches.items():
@@ -254,7 +253,7 @@ def branches_fit(golden: Mapping[str, Float], seen: Seen) -> Check:
             continue
         factor = float(lacking @ added) / square
         error = float(np.linalg.norm(lacking - factor * added)) / np.sqrt(square * max(added.size - 1, 1))
-        if abs(factor - 1) > STRAYS + SURE * error:
+        if abs(factor - 1) > stray + SURE * error:
             problems.append(
                 f"{layer}: must add what it lacks beside the goldens, of its branch {factor:.2f} times; export again"
             )

@@ -150,7 +150,7 @@ def inside_the_unet(subject: Subject) -> Iterator[Check]:
     yield at_least("blocks PSNR dB, worst", peaks[dimmest], limits.block_snr_db, reason=f"at {dimmest}")
     yield from _attention_drift(subject, seen.attention)
     if seen.branches:
-        yield branches_fit(references["layers"], seen)
+        yield branches_fit(references["layers"], seen, limits.branch_stray)
 
 
 def _snr_of_each_input(reference: dict[str, Float], value: dict[str, Float]) -> dict[str, list[float]]:
