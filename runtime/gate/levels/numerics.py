@@ -13,7 +13,7 @@ from ...drawing.samplers import Trail, plan_steps, predict, sampler_named
 from ..check import LARGEST_DB, Check, at_least, at_most
 from ..subject import Subject
 from ..taps import golden_sizes, look
-from .attachment import branches_fit
+from .branches import branches_fit
 from .limits import REST_ROW_SNR_DB
 
 Float = npt.NDArray[np.float32]

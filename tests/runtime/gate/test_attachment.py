@@ -21,6 +21,7 @@ from bench._attached_faults import (
     inject_attached,
     rewrite,
 )
+from bench._attached_gate import AttachedBench, attached_clean_runs, attached_faults
 from bench._faults import reseal
 from cli import cli
 from personalq.adapters import ADAPTER
@@ -399,6 +400,16 @@ def test_reports_name_the_form(option: str, shown: str, root: Path, tmp_path: Pa
     assert ran(root, "rex", "--level", "integrity", option, str(file))[1] == 0
     text = file.read_text()
     assert shown in text and "to base bundle " in text
+
+
+def test_the_bench_counts_faults_and_clean_runs_of_the_attached_form(attached: Attached, tmp_path: Path) -> None:
+    bench = AttachedBench(attached.repository, attached.engine, attached.adapters, "for tests", "numerics", clean=1)
+    rows = list(attached_faults(bench, ["missing layer", "base: bias dropped"]))
+    assert [(row["caught"], row["bundle_alone"]["caught"]) for row in rows] == [(True, True), (True, False)]
+    assert {row["form"] for row in rows} == {"attached"} and rows[0]["levels"] == ["obedience", "numerics"]
+    only = replace(bench, adapters={"mug": attached.adapters["mug"]})
+    runs = list(attached_clean_runs(only, tmp_path / "b.json"))
+    assert [(run["run"], run["passed"]) for run in runs] == [("one thread", True)], runs
 
 
 def test_every_need_and_every_fault_of_an_engine_is_a_fault() -> None:
