@@ -16,7 +16,7 @@ from ..engines.sessions import one_line
 from . import LEVELS
 from . import baseline as baselines
 from .check import Check, Pictures, Report, failed, headline, reason_of
-from .levels import attachment, integrity, kernels, numerics, obedience
+from .levels import attachment, branches, integrity, kernels, numerics, obedience
 from .levels.pictures import images
 from .levels.targets import cross_target
 from .localise import BLAMED, localise
@@ -39,9 +39,9 @@ OBEDIENCE: tuple[tuple[str, Computed], ...] = (
     ("kept rows matter", kernels.kept_rows_matter),
     ("kernels", kernels.kernels),
     ("adapter", attachment.is_the_delta),
-    ("adapter's way", attachment.matrices_way),
-    ("adapter's strength", attachment.strength_counts),
-    ("adapter's text strength", attachment.text_strength_counts),
+    ("adapter's way", branches.matrices_way),
+    ("adapter's strength", branches.strength_counts),
+    ("adapter's text strength", branches.text_strength_counts),
     ("adapter's trigger", attachment.trigger_in_goldens),
 )
 NUMERICS: tuple[tuple[str, Computed], ...] = (

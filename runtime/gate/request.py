@@ -91,9 +91,10 @@ def located(bundle: str, opened: Callable[[], Repository]) -> tuple[Found, Repos
     folder = Path(bundle)
     if not folder.is_dir():
         repository = opened()
-        whole = repository.whole(bundle)
         store = Store(repository.root)
-        return store.on_base(bundle) if whole.is_base else store.find(whole.card.id), repository
+        is_base = bundle in repository.bases() and not repository.has_weights(bundle)
+        # of a checkpoint only its card is asked for: bundles are judged where no weights are, too
+        return store.on_base(bundle) if is_base else store.find(repository.card(bundle).id), repository
     root = folder.resolve().parents[1]
     is_inside = folder.resolve().parent.name == "bundles" and (root / "checkpoints").is_dir()
     within = Repository.open(root) if is_inside else None

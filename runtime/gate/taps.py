@@ -5,8 +5,8 @@ numbers, not a tensor. Its integer kernels stay: taps sit behind each layer's ow
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -33,25 +33,31 @@ PASSES_ON = (
 
 @dataclass(frozen=True)
 class Seen:
-    """N golden inputs: layers, blocks {name: (N, samples)}, attention (N,L,77), noise_pred (N,4,h,w)."""
+    """N golden inputs: layers, blocks {name: (N, samples)}, attention (N,L,77), noise_pred (N,4,h,w).
+
+    branches: of the layers that an adapter changes, what its branch adds to the layer, at the layer's samples.
+    """
 
     layers: dict[str, Float]
     blocks: dict[str, Float]
     attention: Float
     noise_pred: Float
+    branches: dict[str, Float]
 
 
 @dataclass(frozen=True)
 class Taps:
     """What to tap: name -> value, in the order the graph computes them; cross-attention softmax by row layer.
 
-    channels_last: layers whose value is (B,h,w,C), as an adapter's branch leaves it; goldens are (B,C,h,w).
+    channels_last: layers whose value is (B,h,w,C), as an adapter's branch leaves it; goldens are (B,C,h,w). branches: what an
+    adapter adds to a layer, in the same order.
     """
 
     layers: dict[str, str]
     blocks: dict[str, str]
     attention: list[str]
     channels_last: frozenset[str] = frozenset()
+    branches: Mapping[str, str] = field(default_factory=dict)
 
 
 def golden_sizes(subject: Subject, kind: str) -> dict[str, int]:
@@ -59,14 +65,21 @@ def golden_sizes(subject: Subject, kind: str) -> dict[str, int]:
     return {str(name): int(size) for name, size in json.loads(subject.notes[kind]).items()}
 
 
-def find_taps(graph: Graph, layers: list[str], blocks: list[str], rows: tuple[RowLayer, ...]) -> Taps:
-    """Find the value of each layer, block and attention. Raises BundleError naming one that the graph does not show."""
+def find_taps(
+    graph: Graph, layers: list[str], blocks: list[str], rows: tuple[RowLayer, ...], changed: Collection[str] = ()
+) -> Taps:
+    """Find the value of each layer, block and attention. Raises BundleError naming one that the graph does not show.
+
+    changed: layers whose branch is looked for as well.
+    """
     order = {output: i for i, node in enumerate(graph.nodes) for output in node.outputs}
     of_layers = {name: layer_output(graph, name) for name in layers}
     of_blocks = {name: _block_output(graph, name, of_layers) for name in blocks}
     ordered = [dict(sorted(found.items(), key=lambda item: order.get(item[1], 0))) for found in (of_layers, of_blocks)]
     turned = frozenset(name for name, value in of_layers.items() if _is_turned(graph, value))
-    return Taps(ordered[0], ordered[1], [_softmax(graph, row) for row in rows], turned)
+    added = {name: _branch(graph, of_layers[name]) for name in changed if name in of_layers}
+    branches = {name: value for name, value in added.items() if value}
+    return Taps(ordered[0], ordered[1], [_softmax(graph, row) for row in rows], turned, branches)
 
 
 def layer_output(graph: Graph, name: str) -> str:
@@ -102,6 +115,12 @@ def _with_branch(graph: Graph, name: str, value: str) -> str:
 
 def _is_branch(node: Node, name: str) -> bool:
     return node.name.startswith(f"{name}.branch_")
+
+
+def _branch(graph: Graph, value: str) -> str:
+    """What an adapter adds where `value` is the sum of a layer and its branch: its second input; '' where it is none."""
+    node = graph.producers.get(value)
+    return node.inputs[1] if node is not None and node.op == "Add" and ".branch_" in node.name else ""
 
 
 def _is_turned(graph: Graph, value: str) -> bool:
@@ -173,12 +192,16 @@ def tapped(graph: Graph, taps: Taps, sizes: dict[str, int]) -> bytes:
     edited = Edited(graph)
     edited.add_constant("gate_flat", np.array([-1], np.int64))
     edited.add_constant("gate_axes", np.array([0, 1, 2], np.int64))
-    groups = ((taps.layers, LAYER_SAMPLES, "layer"), (taps.blocks, BLOCK_SAMPLES, "block"))
+    groups = (
+        (taps.layers, LAYER_SAMPLES, "layer"),
+        (taps.branches, LAYER_SAMPLES, "branch"),
+        (taps.blocks, BLOCK_SAMPLES, "block"),
+    )
     for group, count, kind in groups:
         for name, value in group.items():
             key = f"gate_{kind}_{name}"
             edited.add_constant(f"{key}_at", sample_positions(name, sizes[name], count))
-            if kind == "layer" and name in taps.channels_last:
+            if kind != "block" and name in taps.channels_last:
                 edited.add_node("Transpose", [value], f"{key}_turned", perm=[0, 3, 1, 2])
                 value = f"{key}_turned"
             edited.add_node("Reshape", [value, "gate_flat"], f"{key}_flat")
@@ -193,14 +216,21 @@ def tapped(graph: Graph, taps: Taps, sizes: dict[str, int]) -> bytes:
 def look(subject: Subject) -> Seen:
     """Run the golden inputs through the tapped UNet."""
     sizes = {kind: golden_sizes(subject, kind) for kind in ("layers", "blocks")}
-    taps = find_taps(subject.unet, list(sizes["layers"]), list(sizes["blocks"]), subject.manifest.rows.layers)
+    layers, blocks = (list(sizes[kind]) for kind in ("layers", "blocks"))
+    changed = subject.attached.pairs.get("unet", {})
+    taps = find_taps(subject.unet, layers, blocks, subject.manifest.rows.layers, changed)
     model = tapped(subject.unet, taps, sizes["layers"] | sizes["blocks"])
     session = open_session(subject.unet_path, subject.threads, model=model)
     runs = list(_runs(subject, session))
-    layers = {name: np.stack([run[f"gate_layer_{name}"] for run in runs]) for name in taps.layers}
-    blocks = {name: np.stack([run[f"gate_block_{name}"] for run in runs]) for name in taps.blocks}
+    groups = {"layer": taps.layers, "block": taps.blocks, "branch": taps.branches}
+    of_layers, of_blocks, of_branches = (
+        {name: np.stack([run[f"gate_{kind}_{name}"] for run in runs]) for name in group}
+        for kind, group in groups.items()
+    )
     attention = [np.stack([run[f"gate_attention_{i}"] for i in range(len(taps.attention))]) for run in runs]
-    return Seen(layers, blocks, np.stack(attention), np.stack([run["noise_pred"][0] for run in runs]))
+    return Seen(
+        of_layers, of_blocks, np.stack(attention), np.stack([run["noise_pred"][0] for run in runs]), of_branches
+    )
 
 
 def _runs(subject: Subject, session: Session) -> Iterator[dict[str, Float]]:

@@ -9,7 +9,8 @@ from personalq.bundle import Manifest
 class Limits:
     """What a bundle must reach. cosine and snr_db: noise prediction per time-step bin; *_psnr_db: whole pictures.
 
-    block_*: the worst block or layer. attention_drift: of the trigger's share of attention, in the worst layer.
+    block_*: the worst block or layer. attention_drift: of the trigger's share of attention, in the worst layer. branch_stray:
+    how far from 1 the factor may be that an adapter's branch lacks at its layer.
     """
 
     text_cosine: float
@@ -19,6 +20,7 @@ class Limits:
     block_snr_db: float
     block_cosine: float
     attention_drift: float
+    branch_stray: float
     cosine: float
     snr_db: float
     vae_psnr_db: float
@@ -41,6 +43,7 @@ TABLE: dict[str, tuple[float, ...]] = {
     "block_snr_db": (60, 30, 10, 8, 6, 3),
     "block_cosine": (0.9999, 0.999, 0.95, 0.93, 0.9, 0.8),
     "attention_drift": (0.001, 0.01, 0.1, 0.15, 0.2, 0.4),
+    "branch_stray": (0.05, 0.1, 0.3, 0.3, 0.35, 0.4),
     "cosine": (0.9999, 0.999, 0.99, 0.98, 0.97, 0.95),
     "snr_db": (40, 30, 15, 14, 12, 9),
     "vae_psnr_db": (45, 40, 40, 40, 40, 40),

@@ -13,6 +13,7 @@ from ...drawing.samplers import Trail, plan_steps, predict, sampler_named
 from ..check import LARGEST_DB, Check, at_least, at_most
 from ..subject import Subject
 from ..taps import golden_sizes, look
+from .branches import branches_fit
 from .limits import REST_ROW_SNR_DB
 
 Float = npt.NDArray[np.float32]
@@ -148,6 +149,8 @@ def inside_the_unet(subject: Subject) -> Iterator[Check]:
     dimmest = min(peaks, key=peaks.__getitem__)
     yield at_least("blocks PSNR dB, worst", peaks[dimmest], limits.block_snr_db, reason=f"at {dimmest}")
     yield from _attention_drift(subject, seen.attention)
+    if seen.branches:
+        yield branches_fit(references["layers"], seen, limits.branch_stray)
 
 
 def _snr_of_each_input(reference: dict[str, Float], value: dict[str, Float]) -> dict[str, list[float]]:

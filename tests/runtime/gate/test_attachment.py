@@ -21,6 +21,7 @@ from bench._attached_faults import (
     inject_attached,
     rewrite,
 )
+from bench._attached_gate import AttachedBench, attached_clean_runs, attached_faults
 from bench._faults import reseal
 from cli import cli
 from personalq.adapters import ADAPTER
@@ -140,6 +141,12 @@ EXPECTED = {
 }
 
 
+# What engine, adapter and goldens alone say: the same, or this.
+BRANCHES = "adapter: branches that are not what their layers lack"
+ALONE = {
+    "alpha applied twice": (BRANCHES, "of its branch 0.50 times"),
+    "two layers swapped": (BRANCHES, "of its branch "),
+}
 # Seen beside the weights only, or beside a baseline: see docs/gate.md.
 NOT_ALONE = ("base: bias dropped", "base: two channels swapped")
 
@@ -156,6 +163,8 @@ def test_each_fault_is_caught_and_the_first_line_says_what_is_wrong(
     check, text = EXPECTED[fault]
     assert f": {check}: " in report.headline and text in report.headline, report.headline
     assert not alone.passed or fault in NOT_ALONE
+    check, text = ALONE.get(fault, ("", ""))
+    assert check in alone.headline and text in alone.headline
     hashes = [one.name for one in (*report.failed, *alone.failed) if "intact" in one.name or "key is" in one.name]
     assert hashes == []
 
@@ -264,6 +273,18 @@ def test_taps_see_the_layers_outputs_with_their_branches(name: str, attached: At
             noise = float(((values - wanted[layer]) ** 2).mean() / (wanted[layer] ** 2).mean())
             assert -10 * np.log10(noise + 1e-20) >= FLOAT_LAYER_DB, (kind, layer)
     np.testing.assert_allclose(seen.attention, subject.golden["attention"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["rex", "locon"])
+def test_a_branch_is_what_its_layer_lacks_without_it(name: str, attached: Attached, plain: Path) -> None:
+    """In float32: torch's output less the layer's own is the branch, to a thousandth of it, for layers of every kind."""
+    subject = subject_of(attached, name, plain)
+    seen, changed = look(subject), subject.attached.pairs["unet"]
+    golden = dict(zip(golden_sizes(subject, "layers"), np.moveaxis(subject.golden["layers"], 1, 0), strict=True))
+    assert set(seen.branches) == set(changed)
+    for layer, branch in seen.branches.items():
+        lacking = golden[layer] - (seen.layers[layer] - branch)
+        assert float(np.linalg.norm(lacking - branch)) <= 0.01 * float(np.linalg.norm(branch)), layer
 
 
 def test_taps_of_a_quantised_base_turn_what_lies_with_channels_last(attached: Attached) -> None:
@@ -379,6 +400,16 @@ def test_reports_name_the_form(option: str, shown: str, root: Path, tmp_path: Pa
     assert ran(root, "rex", "--level", "integrity", option, str(file))[1] == 0
     text = file.read_text()
     assert shown in text and "to base bundle " in text
+
+
+def test_the_bench_counts_faults_and_clean_runs_of_the_attached_form(attached: Attached, tmp_path: Path) -> None:
+    bench = AttachedBench(attached.repository, attached.engine, attached.adapters, "for tests", "numerics", clean=1)
+    rows = list(attached_faults(bench, ["missing layer", "base: bias dropped"]))
+    assert [(row["caught"], row["bundle_alone"]["caught"]) for row in rows] == [(True, True), (True, False)]
+    assert {row["form"] for row in rows} == {"attached"} and rows[0]["levels"] == ["obedience", "numerics"]
+    only = replace(bench, adapters={"mug": attached.adapters["mug"]})
+    runs = list(attached_clean_runs(only, tmp_path / "b.json"))
+    assert [(run["run"], run["passed"]) for run in runs] == [("one thread", True)], runs
 
 
 def test_every_need_and_every_fault_of_an_engine_is_a_fault() -> None:
