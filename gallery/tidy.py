@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-SHIPPED = ("repository/bases", "repository/checkpoints", "judges")
+SHIPPED = ("repository/bases", "repository/checkpoints", "repository/bundles", "judges")
 PATH_KEYS = ("_name_or_path",)  # peft writes `unet.base_model_name_or_path`
 MACHINE = re.compile(rb"/(?:home|root|tmp|work|Users|mnt|opt)/[\w.-]")
 
