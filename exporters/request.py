@@ -21,8 +21,8 @@ from .graphs.family import open_family
 from .lint import lint_trt
 from .plain import STORAGES, unquantised_spec
 from .targets.optimum import OptimumResult, refuse_existing, write_optimum
-from .targets.settings import read_settings
-from .targets.tensorrt import GRAPH, MODULES, build_plan, require
+from .targets.settings import BuildSettings, of_merged, read_settings
+from .targets.tensorrt import GRAPH, MODULES, build_plan, ranks_of, require
 
 logger = logging.getLogger("personalq.exporters")
 
@@ -44,7 +44,11 @@ def export_request(
     settings: 'KEY=VALUE' of a TensorRT engine (exporters.targets.settings). Raises EngineError for a target that cannot be
     made here, before anything is written, and what `export_checkpoint` and `build_plan` raise.
     """
-    return _with_plans(export_checkpoint, repository, checkpoint_id, spec, targets, progress, settings)
+    asked = read_settings(settings)
+    chosen = of_merged(asked)
+    if any(asked.rank) and set(targets) & set(MODULES):
+        logger.warning("%s: its bundle takes no adapters, so the plan of rank 0 alone is built", checkpoint_id)
+    return _with_plans(export_checkpoint, repository, checkpoint_id, spec, targets, progress, chosen)
 
 
 def base_request(
@@ -55,10 +59,10 @@ def base_request(
     progress: Report = silent,
     settings: Sequence[str] = (),
 ) -> ExportResult:
-    """The same of a base, whose engine takes adapters; `spec` None takes the base's that was calibrated last."""
+    """The same of a base, whose engine takes adapters, with a plan for each rank of theirs; its spec calibrated last."""
     from .export import export_base
 
-    return _with_plans(export_base, repository, base_id, spec, targets, progress, settings)
+    return _with_plans(export_base, repository, base_id, spec, targets, progress, read_settings(settings))
 
 
 def _with_plans(
@@ -68,10 +72,9 @@ def _with_plans(
     spec: Path | None,
     targets: Sequence[str],
     progress: Report,
-    settings: Sequence[str],
+    settings: BuildSettings,
 ) -> ExportResult:
     """A bundle, and its plans; what cannot be made here is refused before anything is written."""
-    chosen = read_settings(settings)
     for target in targets:
         if target not in MADE:
             made = ", ".join(MADE)
@@ -79,10 +82,12 @@ def _with_plans(
         if target in MODULES:
             require(target)
     result = export(repository, id_, meant_spec(repository, id_, spec, progress), progress)
-    for target in (one for one in targets if one in MODULES):
-        built = build_plan(result.bundle, repository.root / TIMING, target, chosen, lambda text: progress(text, 0.95))
+    wanted = [(one, rank) for one in targets if one in MODULES for rank in ranks_of(result.bundle, settings)]
+    for target, rank in wanted:
+        timing = repository.root / TIMING
+        built = build_plan(result.bundle, timing, target, settings, lambda text: progress(text, 0.95), rank=rank)
         for line in built.mismatches or ():
-            logger.warning("%s: %s", target, line)
+            logger.warning("%s%s: %s", target, f" of rank {rank}" if rank else "", line)
         result = replace(result, engines=(*result.engines, built.engine.manifest.key))
     return result
 

@@ -1,11 +1,12 @@
 """Where bundles can run: each target's package, and why a target cannot be served here. Imports no engine."""
 
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
-from personalq.adapters import ADAPTER
+from personalq.adapters import ADAPTER, read_adapter_manifest
 from personalq.bundle import read_manifest
-from personalq.weights.adapter import DOWN
+from personalq.weights.adapter import CORRECTION, DOWN
 from personalq.weights.header import read_header
 
 # Target -> the module its engine needs. TensorRT for RTX comes as a package of its own.
@@ -39,15 +40,27 @@ def misfit(bundle: Path, target: str, adapter: Path | None = None) -> str:
         return ""
     from .engines.tensorrt import fits_here
 
-    return fits_here(bundle, target)
+    return fits_here(bundle, target, max(ranks(bundle, adapter).values(), default=0) if adapter and is_here else 0)
 
 
 def is_wide(bundle: Path, adapter: Path) -> bool:
     """Whether an adapter changes layers for which a base has branches in its wide graph alone. Reads headers."""
     inputs = read_manifest(bundle).adapters
-    places = {} if inputs is None else inputs.branches["unet"]
-    names = (name.removeprefix("unet.").removesuffix(DOWN) for name in read_header(adapter / ADAPTER).entries)
-    return any(name in places and places[name].is_wide for name in names)
+    return inputs is not None and any(inputs.branches["unet"][layer].is_wide for layer in ranks(bundle, adapter))
+
+
+def ranks(bundle: Path, adapter: Path) -> dict[str, int]:
+    """layer of a base's UNet -> the rank of what an adapter puts there, with its correction if it is of this engine's spec."""
+    base, correction = read_manifest(bundle), read_adapter_manifest(adapter).correction
+    places = {} if base.adapters is None else base.adapters.branches["unet"]
+    is_corrected = correction is not None and correction.spec_sha256 == base.spec.sha256
+    parts = ("unet", CORRECTION) if is_corrected else ("unet",)
+    found: Counter[str] = Counter()
+    for name, shape in read_header(adapter / ADAPTER).shapes.items():
+        component, _, layer = name.removesuffix(DOWN).partition(".")
+        if name.endswith(DOWN) and component in parts and layer in places:
+            found[layer] += shape[1] if places[layer].op == "linear" else shape[0]
+    return dict(found)
 
 
 def not_installed(module: str) -> str:

@@ -5,11 +5,13 @@ Shapes are static unless a range is given (min:opt:max): a static engine builds 
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from personalq.bundle import Manifest
 from personalq.errors import EngineError
+
+from ..manifest import RANKS
 
 Range = tuple[int, int, int]
 Shape = tuple[int, ...]
@@ -25,6 +27,7 @@ class BuildSettings:
 
     level: builder optimisation level 0-5. workspace_mb: 0 = all memory. hardware: compatibility level. strip: weights
     left out. refit: float16 plans whose weights can be replaced by name. architectures: TensorRT for RTX only.
+    rank: of the adapters that plans are built for, one plan each; () = 0, and of a base 16 too (tensorrt.ranks_of).
     """
 
     batch: Range = (2, 2, 2)
@@ -40,10 +43,11 @@ class BuildSettings:
     weight_streaming: bool = False
     tf32: bool = True
     architectures: tuple[str, ...] = ("sm86", "sm89", "sm120")
+    rank: tuple[int, ...] = ()
 
     def parts(self) -> dict[str, str]:
-        """Every choice as text, for the engine's key."""
-        return {field.name: _text(getattr(self, field.name)) for field in fields(self)}
+        """Every choice that all plans share, as text, for their keys: a plan has one rank, and says it itself."""
+        return {field.name: _text(getattr(self, field.name)) for field in fields(self) if field.name != "rank"}
 
 
 def read_settings(given: Sequence[str]) -> BuildSettings:
@@ -61,7 +65,20 @@ def read_settings(given: Sequence[str]) -> BuildSettings:
     settings = BuildSettings(**chosen)
     if settings.exclude_lean_runtime and not settings.version_compatible:
         raise EngineError("--set exclude_lean_runtime: needs version_compatible=yes, got no; set both or neither")
+    if settings.refit and any(settings.rank):
+        raise EngineError(
+            f"--set refit: must be used with rank=0, got rank={_listed(settings.rank)}: an adapter is an input; leave one out"
+        )
     return settings
+
+
+def of_merged(settings: BuildSettings) -> BuildSettings:
+    """The same for a bundle that takes no adapters: its plan has rank 0. Raises EngineError where only others are asked for."""
+    if settings.rank and 0 not in settings.rank:
+        raise EngineError(
+            f"--set rank: must hold 0 for a merged bundle, which takes no adapters, got {_listed(settings.rank)}; add 0"
+        )
+    return replace(settings, rank=(0,))
 
 
 def input_shapes(manifest: Manifest, settings: BuildSettings) -> Shapes:
@@ -125,6 +142,17 @@ def _hardware(text: str) -> str:
     return text
 
 
+def _ranks(text: str) -> tuple[int, ...]:
+    found = tuple(sorted({int(part) for part in text.split(",")}))
+    if any(one not in (0, *RANKS) for one in found):
+        raise ValueError(text)
+    return found
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ",".join(map(str, ranks))
+
+
 def _architectures(text: str) -> tuple[str, ...]:
     found = tuple(text.split(","))
     if not found or any(one not in ARCHITECTURES for one in found):
@@ -156,4 +184,5 @@ READERS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "weight_streaming": _FLAG,
     "tf32": _FLAG,
     "architectures": (f"a list of {', '.join(ARCHITECTURES)}", _architectures),
+    "rank": (f"a list of {', '.join(map(str, (0, *RANKS)))}", _ranks),
 }

@@ -1,7 +1,8 @@
 """Bundle -> TensorRT or TensorRT-for-RTX plan, through Polygraphy, kept under the bundle's engines/.
 
 TensorRT builds on the GPU that will run the plan. TensorRT for RTX compiles ahead of time for named architectures, on any
-machine. Both take `unet.trt.onnx`: strongly typed, so that the data types in the graph are those of the plan.
+machine. Both take `unet.trt.onnx`: strongly typed, so that the data types in the graph are those of the plan; and of a base,
+one graph more for each rank of adapters.
 Built against the API of TensorRT 10.12 to 11.4 and Polygraphy 0.53; not run by this project's own tests without a GPU.
 """
 
@@ -23,6 +24,8 @@ from personalq.errors import EngineError, MissingExtraError
 from personalq.repository.engines import KeptEngine, check_engine, engine_at, keep_engine
 
 from ..graphs.census import layer_kinds
+from ..graphs.passes.branches import STRENGTH
+from ..manifest import RANKS
 from .engine_layers import from_inspector, mismatches, table
 from .refit import find_donor, refit_plan, sample_feed
 from .settings import BuildSettings, Shapes, input_shapes
@@ -64,26 +67,40 @@ def require(target: str) -> Any:
         raise EngineError(f"{module} cannot be imported: {error}; install it again, with its libraries") from error
 
 
+def ranks_of(bundle: Path, settings: BuildSettings) -> tuple[int, ...]:
+    """The ranks of adapters that a bundle's plans are built for: those asked for, else 0, and of a base the smallest too."""
+    if settings.rank:
+        return settings.rank
+    takes_adapters = read_manifest(bundle).adapters is not None and not settings.refit
+    return (0, RANKS[0]) if takes_adapters else (0,)
+
+
 def build_plan(
-    bundle: Path, cache_dir: Path, target: str, settings: BuildSettings, progress: Progress = lambda _: None
+    bundle: Path,
+    cache_dir: Path,
+    target: str,
+    settings: BuildSettings,
+    progress: Progress = lambda _: None,
+    *,
+    rank: int = 0,
 ) -> BuiltPlan:
     """Build a bundle's UNet for 'tensorrt' or 'tensorrt-rtx'; an engine that is there under the same key is used again.
 
-    cache_dir: where timing caches are kept, one per TensorRT version and GPU. Raises EngineError or MissingExtraError.
+    cache_dir: where timing caches are kept, one per TensorRT version and GPU. rank: of the adapters that the plan takes.
+    Raises EngineError or MissingExtraError.
     """
     trt = require(target)
     manifest = read_manifest(bundle)
-    if GRAPH not in manifest.files:
-        raise EngineError(f"bundle {manifest.key[:12]}: must hold {GRAPH}, got none; export the checkpoint again")
+    graph = graph_file(manifest, rank)
     if settings.refit and any("int" in kind for kind in manifest.census):
         raise EngineError(
             "--set refit: must be used with an unquantised (fp16) bundle, got a quantised one; leave it out"
         )
-    parts = plan_parts(manifest, target, settings, trt.__version__)
+    parts = plan_parts(manifest, target, settings, trt.__version__, rank)
     kept = engine_at(bundle, parts)
     if kept is not None:
         return BuiltPlan(kept, True, _known_mismatches(kept))
-    progress(f"building the {target} plan")
+    progress(f"building the {target} plan" + (f" of rank {rank}" if rank else ""))
     donor = find_donor(bundle, parts) if settings.refit else None
     if donor is not None:
         progress(f"refitting the {target} plan of another checkpoint")
@@ -92,24 +109,38 @@ def build_plan(
         data = refit_plan(trt, donor.path.read_bytes(), *graphs, sample_feed(graph_shapes(bundle, settings)))
         return BuiltPlan(keep_engine(bundle, parts, PLAN, data), False, None)
     timing = cache_dir / f"{target}-{trt.__version__}-{parts['device']}.timing"
-    shapes = graph_shapes(bundle, settings)
-    plan = _build(trt, bundle / GRAPH, shapes, target, settings, timing)
+    shapes = graph_shapes(bundle, settings, graph)
+    plan = _build(trt, bundle / graph, shapes, target, settings, timing)
     wrong: tuple[str, ...] | None = None
     extra: dict[str, bytes] = {}
     if target == "tensorrt" and not settings.strip:
         progress("reading back what the plan runs")
-        wrong, extra[LAYERS] = inspect(trt, plan, bundle / GRAPH)
+        wrong, extra[LAYERS] = inspect(trt, plan, bundle / graph)
     return BuiltPlan(keep_engine(bundle, parts, PLAN, memoryview(plan), extra), False, wrong)
 
 
-def plan_parts(manifest: Manifest, target: str, settings: BuildSettings, version: str) -> dict[str, str]:
-    """Everything a plan depends on, in readable form: graph, weights, device, version, shapes and settings."""
+def graph_file(manifest: Manifest, rank: int) -> str:
+    """The graph that takes adapters of one rank. Raises EngineError for a bundle without it."""
+    file = manifest.graphs.unet.get(f"trt_rank{rank}" if rank else "trt", "")
+    if file not in manifest.files:
+        told = f"a graph for TensorRT that takes adapters of rank {rank}" if rank else GRAPH
+        raise EngineError(f"bundle {manifest.key[:12]}: must hold {told}, got none; export it again")
+    return file
+
+
+def plan_parts(manifest: Manifest, target: str, settings: BuildSettings, version: str, rank: int = 0) -> dict[str, str]:
+    """Everything a plan depends on, in readable form: graph, weights, device, version, shapes, settings and rank.
+
+    Of rank 0 the keys are those of plans that were built before there were ranks.
+    """
     device = ",".join(settings.architectures) if target == "tensorrt-rtx" else compute_capability()
-    files = {name: manifest.files[name].sha256 for name in (GRAPH, WEIGHTS)}
+    files = {name: manifest.files[name].sha256 for name in (graph_file(manifest, rank), WEIGHTS)}
     shapes = {
         name: "/".join("x".join(map(str, one)) for one in three) for name, three in sorted_shapes(manifest, settings)
     }
     chosen = {f"set.{name}": value for name, value in settings.parts().items()}
+    if rank:  # an adapter for each picture: as many as the batch
+        shapes[f"shape.{STRENGTH}"], chosen["set.rank"] = "/".join(map(str, settings.batch)), str(rank)
     return {"target": target, "version": version, "device": device, **files, **shapes, **chosen}
 
 

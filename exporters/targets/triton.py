@@ -81,7 +81,7 @@ def parts_of(manifest: Manifest) -> list[Part]:
 def _write_model(bundle: Path, manifest: Manifest, part: Part, name: str, folder: Path) -> ModelConfig:
     """Write one model's files into its version folder and return its configuration for Triton."""
     tags = {"checkpoint": manifest.checkpoint.id, "bundle": manifest.key[:12], "spec": manifest.spec.name}
-    plans = sorted(engines_of(bundle, "tensorrt"), key=lambda kept: kept.path.stat().st_mtime_ns)
+    plans = sorted(_plain_plans(bundle), key=lambda kept: kept.path.stat().st_mtime_ns)
     if part.name == "unet" and plans:
         return _write_plan(bundle, plans[-1], name, folder, tags)
     graph = ir.load(bundle / part.graph).graph
@@ -92,6 +92,11 @@ def _write_model(bundle: Path, manifest: Manifest, part: Part, name: str, folder
     _link(bundle / part.graph, folder / MODEL)
     _link(bundle / part.data, folder / part.data)
     return ModelConfig(name, "onnxruntime", MODEL, inputs, outputs, tags=tags)
+
+
+def _plain_plans(bundle: Path) -> list[KeptEngine]:
+    """The plans that take no adapters: theirs is the graph whose inputs the configuration says."""
+    return [kept for kept in engines_of(bundle, "tensorrt") if "set.rank" not in kept.manifest.parts]
 
 
 def _write_plan(bundle: Path, plan: KeptEngine, name: str, folder: Path, tags: dict[str, str]) -> ModelConfig:

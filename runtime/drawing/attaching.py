@@ -15,7 +15,7 @@ from personalq.rows import KeptTokens
 from personalq.tokens import Tokenizer
 from personalq.weights.adapter import Adapter, read_adapter
 
-from ..engines.attached import PLAIN, Attached, Worn, attach
+from ..engines.attached import PLAIN, Attached, Worn, attach, without_place
 from ..engines.engine import SECOND_TOKENIZER, TOKENIZER, check_bytes
 
 OF_CHECKPOINT = "checkpoint"  # in a manifest's sources: not the base's
@@ -151,6 +151,11 @@ class Wearing:
             if one is not self.chosen[0] and manifest.scheduler != first.scheduler:
                 told.append(f"{one.id}: its scheduler is not used, that of {self.chosen[0].id} is")
             told += [f"{one.id}: {what} is not in its adapter" for what in manifest.left_out[:1]]
+            if self.base.adapters and (left := without_place(self.base.adapters, one.opened.adapter)):
+                told.append(
+                    f"{one.id}: {len(left)} of its text encoder layers are not in this engine's graphs and not used, "
+                    f"the first {left[0]}"
+                )
         return told
 
 

@@ -14,10 +14,11 @@ import numpy.typing as npt
 from personalq.bundle import AdapterInputs, BranchPlace
 from personalq.errors import EngineError
 from personalq.rows import RowLayer, packed_width
-from personalq.weights.adapter import TEXT_ROWS, Adapter, Branch
+from personalq.weights.adapter import DOWN, TEXT_ROWS, UP, Adapter, Branch
 
 Array = npt.NDArray[np.float32]
 Feed = dict[str, Array]
+Padded = dict[str, npt.NDArray[np.floating]]
 STRENGTH, ADDED_VECTORS, ADDED_ROWS = "adapter_strength", "added_vectors", "added_rows"
 
 
@@ -82,6 +83,28 @@ class Attached:
             made[ADDED_VECTORS] = self.added.get(graph, np.zeros((1, width), np.float32))
         return made
 
+    def rank(self, inputs: AdapterInputs) -> int:
+        """The largest of the layers' in the UNet; 0 when nothing of it changes."""
+        places = inputs.branches["unet"]
+        pairs = self.pairs.get("unet", {}).items()
+        return max((pair.up.shape[1 if places[layer].op == "linear" else 2] for layer, pair in pairs), default=0)
+
+    def padded(self, inputs: AdapterInputs, rank: int, batch: int, dtype: npt.DTypeLike = np.float16) -> Padded:
+        """The UNet's adapter inputs as a graph of one rank takes them: `batch` adapters, filled up with zeros along the rank.
+
+        One adapter is repeated. Raises EngineError for another number of them, and for a value that `dtype` cannot hold.
+        """
+        given = self.feed(inputs, "unet")
+        made: Padded = {STRENGTH: _filled_up(STRENGTH, given[STRENGTH], (batch,), dtype)}
+        for layer, place in inputs.branches["unet"].items():
+            if place.is_wide:
+                continue
+            n, k = place.weight[:2]
+            down, up = ((k, rank), (rank, n)) if place.op == "linear" else ((rank, k), (n, rank))
+            for name, sides in ((f"{layer}{DOWN}", down), (f"{layer}{UP}", up)):
+                made[name] = _filled_up(name, given[name], (batch, *sides), dtype)
+        return made
+
     def added_rows(self, embeds: Array, layers: Sequence[RowLayer]) -> Array:
         """embeds (B,T,C) -> what K and V gain, (B,T,R); zeros (1,1,R) when nothing changes them."""
         if not self.rows:
@@ -97,8 +120,21 @@ class Attached:
 PLAIN = Attached()
 
 
+def without_place(inputs: AdapterInputs, adapter: Adapter) -> list[str]:
+    """'graph.layer' of a text encoder, for each layer of an adapter that the graph lacks: of SDXL's, what no output needs."""
+    return [
+        f"{graph}.{layer}"
+        for graph, layers in adapter.branches.items()
+        for layer in layers
+        if graph != "unet" and layer not in inputs.branches.get(graph, {})
+    ]
+
+
 def attach(inputs: AdapterInputs, worn: Sequence[Worn]) -> Attached:
-    """Adapters over one base: they stack, ranks one after the other. Raises EngineError for a layer that has no place there."""
+    """Adapters over one base: they stack, ranks one after the other; what is `without_place` is left out.
+
+    Raises EngineError for a layer of the UNet that has no place there, and for matrices of another shape.
+    """
     pairs: dict[str, dict[str, Pair]] = {}
     rows: dict[str, list[RowsChange]] = {}
     strength: dict[str, Array] = {}
@@ -115,7 +151,11 @@ def attach(inputs: AdapterInputs, worn: Sequence[Worn]) -> Attached:
             for layer, branch in one.adapter.correction.items() if graph == "unet" else ():
                 parts.setdefault(layer, []).append((branch, 1.0))
         places = inputs.branches.get(graph, {})
-        pairs[graph] = {layer: _pair(f"{graph}.{layer}", found, places.get(layer)) for layer, found in parts.items()}
+        pairs[graph] = {
+            layer: _pair(f"{graph}.{layer}", found, places.get(layer))
+            for layer, found in parts.items()
+            if graph == "unet" or layer in places
+        }
         strength[graph] = np.array([worn[0].of(graph) if is_one and worn else 1.0], np.float32)
     for one in worn:
         for layer, change in one.adapter.changes.items():
@@ -142,6 +182,21 @@ def side_by_side(each: Sequence[Attached], inputs: AdapterInputs) -> Attached:
         pairs[layer] = Pair(_filled([pair.down for pair in found]), _filled([pair.up for pair in found]))
     strengths = [one.strength.get("unet", np.ones(1, np.float32)) for one in each]
     return Attached({"unet": pairs}, {"unet": np.concatenate(strengths)}, is_wide=any(one.is_wide for one in each))
+
+
+def _filled_up(name: str, value: Array, sides: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.floating]:
+    """A value in the corner of zeros of these sides, the first of which it has, or has once."""
+    if len(value) not in (1, sides[0]):
+        raise EngineError(
+            f"unet.{name}: adapters must be one, or one for each of {sides[0]} rows, got {len(value)}; draw the pictures apart"
+        )
+    made: npt.NDArray[np.floating] = np.zeros(sides, dtype)
+    with np.errstate(over="ignore"):
+        made[(slice(None), *(slice(side) for side in value.shape[1:]))] = value
+    if not np.isfinite(made).all():
+        largest = float(np.abs(value).max())
+        raise EngineError(f"unet.{name}: must fit {made.dtype}, got {largest:.3g}; lower the strength")
+    return made
 
 
 def _filled(arrays: Sequence[Array]) -> Array:

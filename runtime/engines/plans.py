@@ -1,4 +1,4 @@
-"""Which TensorRT plan of a bundle fits this machine, and for each that does not, why. Reads manifests, opens nothing."""
+"""Which TensorRT plan of a bundle fits this machine and an adapter's rank; why others do not. Reads manifests, opens nothing."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,18 +9,30 @@ from personalq.repository.engines import KeptEngine, engines_of
 Shape = tuple[int, ...]
 
 
-def find_plan(bundle: Path, target: str, device: str, version: str) -> KeptEngine:
-    """The newest plan of `target` that runs on `device` ('sm89') with this version of TensorRT. Raises EngineError."""
+def find_plan(bundle: Path, target: str, device: str, version: str, rank: int = 0) -> KeptEngine:
+    """The newest plan of `target` that runs on `device` ('sm89') with this version of TensorRT. Raises EngineError.
+
+    rank: of the adapters. A plan of a larger one takes them too, padded with zeros; the smallest that does is meant.
+    """
     refused = []
     fitting = []
     for kept in engines_of(bundle, target):
         why = misfit(kept.manifest.parts, device, version)
         refused += [why] if why else []
         fitting += [] if why else [kept]
+    enough = [kept for kept in fitting if rank_of(kept.manifest.parts) >= rank]
+    if enough:
+        return min(enough, key=lambda kept: (rank_of(kept.manifest.parts), -kept.path.stat().st_mtime_ns))
     if fitting:
-        return max(fitting, key=lambda kept: kept.path.stat().st_mtime_ns)
+        ranks = ", ".join(map(str, sorted({rank_of(kept.manifest.parts) for kept in fitting})))
+        raise EngineError(f"no {target} plan for adapters of rank {rank} (got plans of rank {ranks})")
     found = "; ".join(dict.fromkeys(refused)) or "none"
     raise EngineError(f"no {target} plan for {device}, TensorRT {version} (got {found})")
+
+
+def rank_of(parts: Mapping[str, str]) -> int:
+    """The largest rank of the adapters that a plan takes; 0: it takes none."""
+    return int(parts.get("set.rank", "0"))
 
 
 def misfit(parts: Mapping[str, str], device: str, version: str) -> str:

@@ -5,12 +5,16 @@ while it is recorded. A plan's bytes are the path of the graph it computes, so r
 """
 
 import ctypes
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import pytest
+
+from runtime.engines import cuda
 
 _TYPES = {
     "tensor(float)": np.float32,
@@ -95,8 +99,8 @@ class HostCuda:
 class HostPlan:
     """A deserialised plan (ICudaEngine) and its one execution context."""
 
-    def __init__(self, cuda: HostCuda, graph: str) -> None:
-        self._cuda = cuda
+    def __init__(self, host: HostCuda, graph: str) -> None:
+        self._cuda = host
         self._session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
         self._types = {
             value.name: _TYPES[value.type] for value in [*self._session.get_inputs(), *self._session.get_outputs()]
@@ -137,11 +141,19 @@ class HostPlan:
         self._cuda.array(self._addresses["noise_pred"], made.shape, made.dtype)[:] = made
 
 
-def tensorrt_module(cuda: HostCuda, plans: list[HostPlan]) -> Any:
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> tuple[HostCuda, list[HostPlan]]:
+    """Put both in the places of CUDA and TensorRT; return CUDA and the plans, as they are opened."""
+    host, plans = HostCuda(), list[HostPlan]()
+    monkeypatch.setattr(cuda, "library", lambda: host)
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_module(host, plans))
+    return host, plans
+
+
+def tensorrt_module(host: HostCuda, plans: list[HostPlan]) -> Any:
     """A module 'tensorrt'; every plan that it deserialises is appended to `plans`."""
 
     def deserialize(data: bytes) -> HostPlan:
-        plans.append(HostPlan(cuda, data.decode()))
+        plans.append(HostPlan(host, data.decode()))
         return plans[-1]
 
     logger = type("Logger", (), {"WARNING": 1, "__init__": lambda self, level: None})

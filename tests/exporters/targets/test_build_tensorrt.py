@@ -203,7 +203,7 @@ def test_every_export_command_in_the_docs_is_understood():
     from cli import cli
 
     lines = [line.split() for line in DOCS.read_text().splitlines() if line.startswith("personalq export ")]
-    assert len(lines) == 4
+    assert len(lines) == 5
     for words in lines:
         context = cli.commands["export"].make_context("export", words[2:])
         read_settings(context.params["settings"])

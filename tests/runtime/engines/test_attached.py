@@ -7,7 +7,7 @@ from personalq.bundle import AdapterInputs, BranchPlace
 from personalq.errors import EngineError
 from personalq.rows import pack_layers
 from personalq.weights.adapter import Adapter, Branch
-from runtime.engines.attached import PLAIN, Attached, Worn, attach, side_by_side
+from runtime.engines.attached import PLAIN, Attached, Worn, attach, side_by_side, without_place
 
 K, N, C = 6, 4, 3
 LINEAR, SMALL, LARGE = "attn.to_q", "proj_in", "conv1"
@@ -115,6 +115,67 @@ def test_a_correction_counts_in_full_whatever_the_strength() -> None:
     corrected = Adapter(one.branches, correction={LINEAR: fix})
     expected = X @ (0.5 * one.branches["unet"][LINEAR].change() + fix.change()).T
     assert np.allclose(product(attach(INPUTS, [Worn(corrected, 0.5)]), LINEAR), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [5, 16])
+def test_matrices_filled_up_with_zeros_are_the_same_change(rank: int) -> None:
+    """For a graph of one rank: as many adapters as pictures, of 1x1 convolutions too."""
+    one = adapter(0, 5, LINEAR, SMALL)
+    attached = attach(INPUTS, [Worn(one, 0.5)])
+    feed = attached.padded(INPUTS, rank, batch=2, dtype=np.float32)
+    assert attached.rank(INPUTS) == 5 and feed["adapter_strength"].tolist() == [0.5, 0.5]
+    assert feed[f"{LINEAR}.down"].shape == (2, K, rank) and feed[f"{LINEAR}.up"].shape == (2, rank, N)
+    assert feed[f"{SMALL}.down"].shape == (2, rank, C) and feed[f"{SMALL}.up"].shape == (2, N, rank)
+    assert not any(name.startswith(LARGE) for name in feed)
+    change = {layer: branch.change() for layer, branch in one.branches["unet"].items()}
+    for picture in range(2):
+        linear = (feed[f"{LINEAR}.down"][picture] @ feed[f"{LINEAR}.up"][picture]).T
+        small = feed[f"{SMALL}.up"][picture] @ feed[f"{SMALL}.down"][picture]
+        assert np.allclose(linear, change[LINEAR], atol=1e-5)
+        assert np.allclose(small, change[SMALL][:, :, 0, 0], atol=1e-5)
+
+
+def test_float16_matrices_come_as_they_are_in_the_adapter() -> None:
+    one = adapter(0, 2, LINEAR)
+    feed = attach(INPUTS, [Worn(one, 0.5)]).padded(INPUTS, 16, batch=1)
+    assert {value.dtype for value in feed.values()} == {np.dtype(np.float16)}
+    assert np.array_equal(feed[f"{LINEAR}.down"][0, :, :2], one.branches["unet"][LINEAR].down)
+    assert not feed[f"{LINEAR}.down"][:, :, 2:].any() and not feed[f"{LINEAR}.up"][:, 2:].any()
+    assert not any(value.any() for name, value in PLAIN.padded(INPUTS, 16, 2).items() if name != "adapter_strength")
+
+
+def test_each_picture_keeps_its_adapter_when_they_are_filled_up() -> None:
+    each = [attach(INPUTS, [Worn(adapter(seed, rank, LINEAR))]) for seed, rank in ((0, 2), (5, 4))]
+    together = side_by_side(each, INPUTS)
+    assert together.rank(INPUTS) == 4 and PLAIN.rank(INPUTS) == 0
+    feed = together.padded(INPUTS, 16, batch=2, dtype=np.float32)
+    for picture, one in enumerate(each):
+        found = X @ feed[f"{LINEAR}.down"][picture] @ feed[f"{LINEAR}.up"][picture]
+        assert np.allclose(found, product(one, LINEAR), atol=1e-4)
+    with pytest.raises(
+        EngineError, match=r"unet\.adapter_strength: adapters must be one, or one for each of 3 rows, got 2"
+    ):
+        together.padded(INPUTS, 16, batch=3)
+
+
+def test_a_value_beyond_float16_is_refused_in_one_line() -> None:
+    large = Adapter({"unet": {LINEAR: Branch(half(0, K, 1), np.full((1, N), 60000, np.float16))}})
+    attached = attach(INPUTS, [Worn(large, 2.0), Worn(adapter(0, 1, LINEAR), 1.0)])
+    with pytest.raises(EngineError) as error:
+        attached.padded(INPUTS, 16, batch=1)
+    assert str(error.value) == f"unet.{LINEAR}.up: must fit float16, got 1.2e+05; lower the strength"
+
+
+def test_text_encoder_layers_that_the_graph_lacks_are_left_out() -> None:
+    pair = Branch(half(0, K, 2), half(1, 2, K))
+    one = Adapter(
+        {"text_encoder": {"q_proj": pair, "last.fc1": pair, "last.fc2": pair}, "text_encoder_2": {"fc": pair}}
+    )
+    assert without_place(INPUTS, one) == ["text_encoder.last.fc1", "text_encoder.last.fc2", "text_encoder_2.fc"]
+    kept = attach(INPUTS, [Worn(one, 0.7)])
+    alone = attach(INPUTS, [Worn(Adapter({"text_encoder": {"q_proj": pair}}), 0.7)])
+    ours, theirs = (one.feed(INPUTS, "text_encoder", K) for one in (kept, alone))
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which TensorRT plan fits a GPU and a version; and, where a GPU and TensorRT are, that a plan draws."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from personalq.errors import EngineError
 from personalq.repository.engines import keep_engine
 from runtime.engines import cuda
 from runtime.engines import tensorrt as tensorrt_engine
-from runtime.engines.plans import check_shapes, find_plan, misfit
+from runtime.engines.plans import check_shapes, find_plan, misfit, rank_of
 
 PARTS = {"target": "tensorrt", "device": "sm89", "version": "11.4.0", "set.hardware": "none", "set.strip": "no"}
 
@@ -45,6 +46,34 @@ def test_the_newest_fitting_plan_is_found_and_misfits_are_named(tmp_path: Path) 
     assert "one for sm80" in message and "one of version 10.16.1" in message
     kept = keep_engine(tmp_path, PARTS, "unet.plan", b"c")
     assert find_plan(tmp_path, "tensorrt", "sm89", "11.4.0") == kept
+
+
+@pytest.mark.parametrize(("rank", "taken"), [(0, 0), (1, 16), (16, 16), (17, 64), (64, 64)])
+def test_the_smallest_rank_that_takes_the_adapters_is_found(tmp_path: Path, rank: int, taken: int) -> None:
+    for one in (64, 0, 16):
+        keep_engine(tmp_path, PARTS | ({"set.rank": str(one)} if one else {}), "unet.plan", b"plan")
+    found = find_plan(tmp_path, "tensorrt", "sm89", "11.4.0", rank)
+    assert rank_of(found.manifest.parts) == taken
+
+
+def test_of_equal_ranks_the_newest_is_found_and_a_larger_one_serves_where_there_is_no_plan_without(
+    tmp_path: Path,
+) -> None:
+    old, new = (keep_engine(tmp_path, {**PARTS, "set.rank": "16", "set.level": one}, "unet.plan", b"a") for one in "35")
+    keep_engine(tmp_path, {**PARTS, "set.rank": "64"}, "unet.plan", b"b")
+    for age, kept in enumerate((new, old)):
+        os.utime(kept.path, (1e9 - age, 1e9 - age))
+    for rank in (0, 16):
+        assert find_plan(tmp_path, "tensorrt", "sm89", "11.4.0", rank) == new
+
+
+def test_a_rank_above_all_plans_is_one_line_that_names_theirs(tmp_path: Path) -> None:
+    keep_engine(tmp_path, PARTS, "unet.plan", b"a")
+    keep_engine(tmp_path, {**PARTS, "set.rank": "16"}, "unet.plan", b"b")
+    keep_engine(tmp_path, {**PARTS, "set.rank": "64", "device": "sm80"}, "unet.plan", b"c")
+    with pytest.raises(EngineError) as error:
+        find_plan(tmp_path, "tensorrt", "sm89", "11.4.0", 17)
+    assert str(error.value) == "no tensorrt plan for adapters of rank 17 (got plans of rank 0, 16)"
 
 
 def test_shapes_outside_the_profile_are_refused_with_both_ends() -> None:

@@ -3,7 +3,6 @@
 No GPU: the plan and CUDA are stand-ins that compute (gpu_stand_in). What TensorRT itself does is not shown here.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,17 @@ import pytest
 from personalq.errors import EngineError
 from personalq.repository.engines import keep_engine
 from runtime.drawing.pipeline import Pipeline
-from runtime.engines import cuda
 from runtime.engines.engine import unet_file, unet_inputs
 from runtime.engines.ort import OrtEngine
 from runtime.engines.tensorrt import TensorRtEngine
-from tests.runtime.gpu_stand_in import HostCuda, HostPlan, tensorrt_module
+from tests.runtime.gpu_stand_in import HostCuda, HostPlan, stand_in
 
 PARTS = {"target": "tensorrt", "device": "sm89", "version": "11.4.0"}
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[HostCuda, list[HostPlan]]:
-    host, plans = HostCuda(), list[HostPlan]()
-    monkeypatch.setattr(cuda, "library", lambda: host)
-    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_module(host, plans))
-    return host, plans
+    return stand_in(monkeypatch)
 
 
 @pytest.fixture(scope="module", params=["sd1", "sdxl"])
