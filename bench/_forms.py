@@ -29,7 +29,7 @@ SEEN = ("in", "out")
 @dataclass(frozen=True)
 class Forms:
     """What is measured. work: where copies of the repository are made; policies: 'taq-w8a8', of the base and of merged ones;
-    samples: of a base's calibration."""
+    samples: of a base's calibration; correct: rank of the correction of its rounding below 8 bits, 0 for none."""
 
     repository: Path
     work: Path
@@ -37,6 +37,7 @@ class Forms:
     prompts: int
     seeds: int
     samples: int = 8
+    correct: int = 0
     merged_from: Path | None = None
 
     @property
@@ -110,13 +111,13 @@ def measure(plan: Forms, checkpoint_id: str, bundles: dict[str, dict[str, str]],
         else:
             images = drawn(opened(_merged(repository, checkpoint_id, policy)))
             rows.append(_row(checkpoint_id, policy, "merged", "own", exact, images, judge, references, asked))
-        for form, pipeline, seen in _attached(repository, checkpoint_id, policy, bundles, ids):
+        for form, pipeline, seen in _attached(plan, repository, checkpoint_id, policy, bundles, ids):
             rows.append(_row(checkpoint_id, policy, form, seen, exact, drawn(pipeline), judge, references, asked))
     return rows
 
 
 def _attached(
-    repository: Any, checkpoint_id: str, policy: str, bundles: dict[str, dict[str, str]], ids: list[str]
+    plan: Forms, repository: Any, checkpoint_id: str, policy: str, bundles: dict[str, dict[str, str]], ids: list[str]
 ) -> Iterator[tuple[str, Any, str]]:
     """(form, pipeline, whether its base was calibrated over it) for every way that a checkpoint is attached."""
     from exporters.adapters import export_adapter
@@ -132,6 +133,28 @@ def _attached(
             bundle = bundles[fold_of(checkpoint_id, ids, seen)][policy]
             pipeline = Pipeline(OrtEngine(Path(bundle), threads=1), [Chosen(open_adapter(made.bundle))])
             yield "attached" if is_exact else f"attached at rank {rank}", pipeline, seen
+    if plan.correct and is_exact and not policy.endswith("w8a8"):
+        yield f"attached, corrected at {plan.correct}", _corrected(plan, checkpoint_id, policy, bundles, ids), SEEN[1]
+
+
+def _corrected(plan: Forms, checkpoint_id: str, policy: str, bundles: dict[str, dict[str, str]], ids: list[str]) -> Any:
+    """The checkpoint on a base that has not seen it, whose rounding its adapter corrects."""
+    from calibration.calibrate import CalibrateOptions
+    from calibration.correction import correction
+    from exporters.adapters import Corrected, export_adapter
+    from personalq.adapters import Correction
+    from personalq.repository import Repository
+    from personalq.spec import read_spec
+    from runtime.drawing.attaching import Chosen, open_adapter
+    from runtime.drawing.pipeline import Pipeline
+    from runtime.engines.ort import OrtEngine
+
+    fold = fold_of(checkpoint_id, ids, SEEN[1])
+    repository, spec = Repository.open(plan.work / fold), plan.work / fold / "specs" / BASE / f"{policy}.json"
+    branches = correction(repository, spec, checkpoint_id, plan.correct, CalibrateOptions(samples=plan.samples))
+    entry = Correction(spec_sha256=read_spec(spec).content_sha256(), rank=plan.correct)
+    made = export_adapter(repository, checkpoint_id, correction=Corrected(branches, entry))
+    return Pipeline(OrtEngine(Path(bundles[fold][policy]), threads=1), [Chosen(open_adapter(made.bundle))])
 
 
 def _merged(repository: Any, checkpoint_id: str, policy: str) -> Path:

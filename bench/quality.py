@@ -203,6 +203,9 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 )
 @click.option("--forms", is_flag=True, help="attached beside merged, over bases calibrated here: docs/adapters.md")
 @click.option("--samples", default=8, show_default=True, help="with --forms: of a base's calibration")
+@click.option(
+    "--correct", default=0, show_default=True, help="with --forms: rank of a correction below 8 bits, 0: none"
+)
 @click.option("--work", type=click.Path(path_type=Path), help="with --forms: where bases are kept for the next run")
 @click.option(
     "--merged-from", type=click.Path(path_type=Path, exists=True), help="with --forms: merged rows of this file"
@@ -220,6 +223,7 @@ def main(
     work: Path | None,
     merged_from: Path | None,
     samples: int,
+    correct: int,
 ) -> None:
     """Measure quality over the gallery; a table, then one JSON object as the last line."""
     from personalq.repository import Repository
@@ -230,7 +234,7 @@ def main(
         with tempfile.TemporaryDirectory(prefix="personalq-forms-") as scratch:
             size = (3, 1) if quick else (prompts, seeds)
             asked = _forms.Forms(
-                repo.resolve(), work or Path(scratch), tuple(policies.split(",")), *size, samples, merged_from
+                repo.resolve(), work or Path(scratch), tuple(policies.split(",")), *size, samples, correct, merged_from
             )
             measured = _forms.run(asked, checkpoints.split(",") if checkpoints else [], jobs, out)
         finish_forms(asked, measured, started, out)
