@@ -37,7 +37,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Built:
 
     monkeypatch.setattr(tensorrt, "_build", build)
     monkeypatch.setattr(tensorrt, "compute_capability", lambda: "sm89")
-    monkeypatch.setattr(tensorrt, "inspect", lambda trt, plan, graph: ((f"{graph.name}: read back",), b"{}"))
+    monkeypatch.setattr(
+        tensorrt, "inspect", lambda trt, plan, graph: ((f"{graph.name}: read back",), b'{"mismatches": []}')
+    )
     for room in ("exporters.request", "exporters.targets.tensorrt"):
         monkeypatch.setattr(f"{room}.require", lambda target: SimpleNamespace(__version__="11.4.0"))
     return found

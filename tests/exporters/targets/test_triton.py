@@ -91,6 +91,7 @@ def test_a_plan_takes_the_unets_place_with_the_sides_it_was_built_for(exported: 
     shapes = {"sample": "2x4x8x8/2x4x8x8/4x4x8x16", "rest": "2x77x512/2x77x512/4x77x512"}
     parts = {"target": "tensorrt", "device": "sm89", "version": "10.12"}
     keep_engine(bundle, parts | {f"shape.{name}": text for name, text in shapes.items()}, "unet.plan", b"plan")
+    keep_engine(bundle, parts | {"set.rank": "16"}, "unet.plan", b"newer, of a graph with other inputs")
     write_triton(bundle, tmp_path / "models")
     unet = tmp_path / "models" / "rex-unet"
     config = parse_config((unet / "config.pbtxt").read_text())
@@ -99,6 +100,7 @@ def test_a_plan_takes_the_unets_place_with_the_sides_it_was_built_for(exported: 
     dims = {port.name: list(port.dims) for port in [*config.input, *config.output]}
     assert dims["sample"] == dims["noise_pred"] == [-1, 4, 8, -1] and dims["rest"] == [-1, 77, 512]
     assert [file.name for file in (unet / "1").iterdir()] == ["model.plan"]
+    assert (unet / "1" / "model.plan").read_bytes() == b"plan"
 
 
 def test_the_command_writes_models_and_replaces_them_whole(exported: Any, tmp_path: Path) -> None:
