@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cli import cli
+from gallery.ship import shipped
 
 GALLERY = Path(__file__).parents[1] / "gallery" / "repository"
 
@@ -36,6 +37,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("gallery") / "repository"
     for part in ("bases", "checkpoints"):
         shutil.copytree(GALLERY / part, root / part)
+    for bundle, _ in shipped():
+        shutil.copytree(bundle, root / "bundles" / bundle.name, ignore=shutil.ignore_patterns("engines"))
     return root
 
 

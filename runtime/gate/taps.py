@@ -50,7 +50,7 @@ class Taps:
     """What to tap: name -> value, in the order the graph computes them; cross-attention softmax by row layer.
 
     channels_last: layers whose value is (B,h,w,C), as an adapter's branch leaves it; goldens are (B,C,h,w). branches: what an
-    adapter adds to a layer, in the same order.
+    adapter adds to a layer, in the same order; biased: those in which the layer's bias is a row of the branch.
     """
 
     layers: dict[str, str]
@@ -58,6 +58,7 @@ class Taps:
     attention: list[str]
     channels_last: frozenset[str] = frozenset()
     branches: Mapping[str, str] = field(default_factory=dict)
+    biased: frozenset[str] = frozenset()
 
 
 def golden_sizes(subject: Subject, kind: str) -> dict[str, int]:
@@ -77,9 +78,10 @@ def find_taps(
     of_blocks = {name: _block_output(graph, name, of_layers) for name in blocks}
     ordered = [dict(sorted(found.items(), key=lambda item: order.get(item[1], 0))) for found in (of_layers, of_blocks)]
     turned = frozenset(name for name, value in of_layers.items() if _is_turned(graph, value))
-    added = {name: _branch(graph, of_layers[name]) for name in changed if name in of_layers}
+    added = {name: _branch(graph, name, of_layers[name]) for name in changed if name in of_layers}
     branches = {name: value for name, value in added.items() if value}
-    return Taps(ordered[0], ordered[1], [_softmax(graph, row) for row in rows], turned, branches)
+    biased = frozenset(name for name in branches if not _is_branch(graph.producers[of_layers[name]], name))
+    return Taps(ordered[0], ordered[1], [_softmax(graph, row) for row in rows], turned, branches, biased)
 
 
 def layer_output(graph: Graph, name: str) -> str:
@@ -117,10 +119,15 @@ def _is_branch(node: Node, name: str) -> bool:
     return node.name.startswith(f"{name}.branch_")
 
 
-def _branch(graph: Graph, value: str) -> str:
-    """What an adapter adds where `value` is the sum of a layer and its branch: its second input; '' where it is none."""
+def _branch(graph: Graph, name: str, value: str) -> str:
+    """What an adapter adds where `value` is the sum of a layer and its branch (a bias in it or not); '' where it is none."""
     node = graph.producers.get(value)
-    return node.inputs[1] if node is not None and node.op == "Add" and ".branch_" in node.name else ""
+    if node is None or node.op != "Add":
+        return ""
+    if _is_branch(node, name):
+        return node.inputs[1]
+    made = ((source, graph.producers.get(source)) for source in node.inputs)
+    return next((source for source, one in made if one is not None and _is_branch(one, name)), "")
 
 
 def _is_turned(graph: Graph, value: str) -> bool:
@@ -201,6 +208,9 @@ def tapped(graph: Graph, taps: Taps, sizes: dict[str, int]) -> bytes:
         for name, value in group.items():
             key = f"gate_{kind}_{name}"
             edited.add_constant(f"{key}_at", sample_positions(name, sizes[name], count))
+            if kind == "branch" and name in taps.biased:
+                edited.add_node("Sub", [value, f"{name}.bias"], f"{key}_alone")
+                value = f"{key}_alone"
             if kind != "block" and name in taps.channels_last:
                 edited.add_node("Transpose", [value], f"{key}_turned", perm=[0, 3, 1, 2])
                 value = f"{key}_turned"

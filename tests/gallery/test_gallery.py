@@ -60,7 +60,7 @@ def test_the_base_is_small_half_precision_and_readable() -> None:
     assert all(f.stat().st_mode & 0o044 == 0o044 for f in files)
     with safe_open(BASE / "unet" / "diffusion_pytorch_model.safetensors", "np") as file:
         assert {file.get_slice(k).get_dtype() for k in file.keys()} == {"F16"}  # noqa: SIM118
-    assert sum(f.stat().st_size for f in shipped_files()) <= 60e6
+    assert sum(f.stat().st_size for f in shipped_files()) <= 80e6  # a wheel stays under 100 MB
 
 
 def test_no_pickles_are_shipped() -> None:

@@ -79,7 +79,9 @@ def write_lora(folder: Path, rank: int, targets: list[str], seed: int, *, with_t
     pipe = tiny_pipeline()
     torch.manual_seed(seed)
     pipe.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False))
-    layers = {"unet_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))}
+    found = get_peft_model_state_dict(pipe.unet)
+    # of convolutions, diffusers would drop names that it has converted itself
+    layers = {"unet_lora_layers": found if "conv1" in targets else convert_state_dict_to_diffusers(found)}
     if with_text:
         config = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "fc1"], init_lora_weights=False)
         pipe.text_encoder.add_adapter(config)

@@ -56,9 +56,9 @@ def test_guidance_one_runs_one_half(pipeline: Pipeline, monkeypatch: pytest.Monk
     batches: list[int] = []
     original = pipeline.engine.denoiser
 
-    def spy(conditioning: Any, height: int, width: int) -> Any:
+    def spy(conditioning: Any, *more: Any) -> Any:
         batches.append(len(conditioning["rest"]))
-        return original(conditioning, height, width)
+        return original(conditioning, *more)
 
     monkeypatch.setattr(pipeline.engine, "denoiser", spy)
     pipeline.image(PROMPT, guidance=1.0, steps=1)

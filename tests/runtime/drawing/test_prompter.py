@@ -149,7 +149,7 @@ def test_another_adapter_is_refused_before_the_first_step(pipeline: Pipeline, fi
     for asked in (pipeline.warnings, lambda one: pipeline.denoise([one])):
         with pytest.raises(PromptError) as error:
             asked(picture)
-        assert str(error.value).startswith("prompt: <lora:rusty:0.8> must name the checkpoint that draws, 'moss-mug'; ")
+        assert str(error.value).startswith("prompt: <lora:rusty:0.8> must name what draws, 'moss-mug'; ")
 
 
 def test_rows_for_a_longer_partner_are_computed_once(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
