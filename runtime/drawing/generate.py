@@ -67,13 +67,12 @@ def generate(
     Raises CheckinError when no checkpoint fits or a question is open, EngineError when there is no bundle.
     """
     started, order = time.perf_counter(), order or Order()
-    asked = [read_asked(one) for one in order.adapters]
+    names = _names(repository)
+    asked = with_tags([read_asked(one) for one in order.adapters], request, names)
     progress("asking Check-in", 0.0)
     checkpoint_id, prompt = _chosen(repository, request, order, asked)
     wanted = [Asked(checkpoint_id), *asked] if checkpoint_id else asked
-    drawn = what_draws(
-        repository, Store(repository.root), with_tags(wanted, prompt, _names(repository)), order.on, order.target
-    )
+    drawn = what_draws(repository, Store(repository.root), with_tags(wanted, prompt, names), order.on, order.target)
     progress("opening the engine", 0.05)
     found = drawn.found
     engine = open_engine(found.engine_name, found.bundle)
