@@ -1,5 +1,6 @@
 """The base's engine that the gallery ships is today's, whole, and draws without torch what was never exported."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -50,22 +51,23 @@ def test_it_serves_every_checkpoint_that_is_an_adapter(repository: Repository) -
     assert len(adapters_of(repository)) == 12
 
 
-def test_a_request_is_drawn_at_once_without_torch(repository: Repository, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "request_",
+    [
+        ["my spotted dog on the beach", "--checkpoint", "domino-the-dog", "--adapter", "pastel-outline:0.5"],
+        ["my spotted dog on the beach <lora:domino-the-dog:1> <lora:pastel-outline:0.5>"],
+    ],
+    ids=["by options", "by tags"],
+)
+def test_a_request_is_drawn_at_once_without_torch(repository: Repository, tmp_path: Path, request_: list[str]) -> None:
     """As after `pip install 'personalq[cpu]'`: nothing is calibrated or exported first."""
     out = tmp_path / "dog.png"
-    request = [
-        "generate",
-        "my spotted dog on the beach",
-        "-o",
-        str(out),
-        "--checkpoint",
-        "domino-the-dog",
-        "--steps",
-        "2",
-    ]
-    more = ["--adapter", "pastel-outline:0.5", "--json"]
-    command = [sys.executable, "-c", NO_TORCH, "--repo", str(repository.root), *request, *more]
+    command = [sys.executable, "-c", NO_TORCH, "--repo", str(repository.root), "generate", *request_]
+    command += ["-o", str(out), "--steps", "2", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert '"form": "attached"' in done.stdout and '"pastel-outline"' in done.stdout
+    told = json.loads(done.stdout)
+    assert told["form"] == "attached"
+    strengths = {one["id"]: one["strength"] for one in told["adapters"]}
+    assert strengths == {"domino-the-dog": 1.0, "pastel-outline": 0.5}
     assert out.read_bytes().startswith(b"\x89PNG")

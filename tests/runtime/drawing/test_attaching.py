@@ -184,6 +184,15 @@ def test_stacked_adapters_are_those_of_set_adapters(
     assert psnr_db(by_diffusers(repository, prompt, *stack), ours, peak=255) >= EQUAL_DB
 
 
+def test_one_adapter_serves_engines_of_every_precision(repository: Repository, engine: OrtEngine) -> None:
+    other = OrtEngine(export_base(repository, "tiny", reference_spec(repository, "tiny", "fp16")).bundle, threads=1)
+    assert other.bundle != engine.bundle
+    adapters = chosen(repository, ("rex", 0.8))
+    pictures = [Pipeline(one, adapters).image("a photo of sks dog", noise=NOISE) for one in (engine, other)]
+    assert psnr_db(*pictures, peak=255) > 45
+    assert chosen(repository, ("rex", 0.8))[0].opened.folder == adapters[0].opened.folder
+
+
 def test_tokens_of_two_adapters_draw_together(repository: Repository, engine: OrtEngine) -> None:
     """Both tokens, K and V of one: diffusers loads one file after the other."""
     from calibration.model.independent import load_by_diffusers
