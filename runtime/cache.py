@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -85,13 +85,17 @@ class BundleCache:
             self._manifests[bundle.name] = self.remote.manifest(bundle.name)[0]
         return self._manifests[bundle.name]
 
-    def ensure(self, bundle: Path) -> None:
-        """Fetch a bundle that is not here, then remove what passes the limit. Raises EngineError when it cannot ever fit."""
+    def ensure(self, *bundles: Path) -> None:
+        """Fetch bundles that are not here, then remove what passes the limit but these: an adapter needs its base's engine.
+
+        Raises EngineError for one that cannot ever fit.
+        """
         with self._changing:
-            if not bundle.is_dir():
-                self._fetch(bundle)
-            self._touch(bundle)
-            self._evict(bundle)
+            for bundle in bundles:
+                if not bundle.is_dir():
+                    self._fetch(bundle)
+                self._touch(bundle)
+            self._evict(bundles)
 
     def _fetch(self, bundle: Path) -> None:
         size = sum(entry.bytes for entry in self.any_manifest(bundle).files.values())
@@ -108,8 +112,8 @@ class BundleCache:
         files = read_any(bundle).files
         note_shared(self.root, bundle, {name: entry.sha256 for name, entry in files.items()})
 
-    def _evict(self, kept: Path) -> None:
-        others = sorted((b for b in self._bundles() if b != kept), key=self._used)
+    def _evict(self, kept: Sequence[Path]) -> None:
+        others = sorted((b for b in self._bundles() if b not in kept), key=self._used)
         while others and self.used_bytes() > self.limit_bytes:
             bundle = others.pop(0)
             gone = temporary_beside(bundle)

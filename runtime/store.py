@@ -151,10 +151,11 @@ class Store:
         is_remote = self._cache is not None and self._cache.holds(bundle)
         return self._cache.manifest(bundle) if is_remote and self._cache else read_manifest(bundle)
 
-    def ensure(self, bundle: Path) -> None:
-        """Have a found bundle's files here: fetched from the store now when they are not."""
-        if self._cache is not None and self._cache.holds(bundle):
-            self._cache.ensure(bundle)
+    def ensure(self, *bundles: Path) -> None:
+        """Have the files of found bundles here, all at once: fetched from the store now when they are not."""
+        held = [bundle for bundle in bundles if self._cache is not None and self._cache.holds(bundle)]
+        if held and self._cache is not None:
+            self._cache.ensure(*held)
 
     def _remote(self, checkpoint_id: str) -> list[tuple[Path, Path | None]]:
         """What a remote store has of a checkpoint: its own engine, or its adapter and its base's engine, here or there."""

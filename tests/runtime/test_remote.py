@@ -226,6 +226,10 @@ def test_beyond_the_limit_the_longest_unused_bundle_goes(make_bundle: Any, tmp_p
     assert cache.used_bytes() <= cache.limit_bytes
     cache.ensure(cat)  # it comes back when it is wanted
     assert files_of(cat) == files_of(bundles[1])
+    small = cache_of(url, tmp_path / "small", int(1.5 * size))
+    together = [one for name in ("dog", "cat") if (one := small.find(name)) is not None]
+    small.ensure(*together)  # an adapter and its base's engine: neither goes for the other, whatever the limit
+    assert len(together) == 2 and all(one.is_dir() for one in together)
     with pytest.raises(
         EngineError, match=r"^cache: a bundle must fit the limit of 0 MB, got one of \d+ MB; raise --cache"
     ):

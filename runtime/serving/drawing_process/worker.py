@@ -111,9 +111,7 @@ class Worker:
     def _load(self, key: str) -> Loaded[Pipeline]:
         """A pipeline, over an engine that others with the same base share: it closes with the last of them."""
         name, bundle, adapter = _parts(key)
-        for folder in (bundle, adapter):
-            if folder is not None:
-                self._store.ensure(folder)
+        self._store.ensure(bundle, *([] if adapter is None else [adapter]))
         before = allocated_bytes() - shared_bytes()
         engine = self._engines.get((name, bundle))
         is_new = engine is None or not is_engine_unchanged(engine)
