@@ -1,6 +1,7 @@
 """Pictures of attached checkpoints, in FP32, beside diffusers with the same files loaded: one kind each, strengths, stacks."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,6 @@ EVERYWHERE = [
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, traces: Path) -> Repository:
     """bases/tiny; LoRAs 'rex' (attention and text encoder), 'look' (every layer); embedding 'mug'; Custom Diffusion 'cab'."""
-    import shutil
-
     root = tmp_path_factory.mktemp("attaching") / "repo"
     shutil.copytree(tiny_base, root / "bases" / "tiny")
     (root / "bases" / "tiny" / "personalq.json").write_text(json.dumps({"steps": STEPS, "guidance": GUIDANCE}))
@@ -191,6 +190,7 @@ def test_one_adapter_serves_engines_of_every_precision(repository: Repository, e
     pictures = [Pipeline(one, adapters).image("a photo of sks dog", noise=NOISE) for one in (engine, other)]
     assert psnr_db(*pictures, peak=255) > 45
     assert chosen(repository, ("rex", 0.8))[0].opened.folder == adapters[0].opened.folder
+    shutil.rmtree(other.bundle)  # the other tests' base has one engine
 
 
 def test_tokens_of_two_adapters_draw_together(repository: Repository, engine: OrtEngine) -> None:
