@@ -14,10 +14,9 @@ import numpy as np
 
 from bench._faults import FAULTS, UNET, Case, damage_golden, reseal
 from personalq.adapters import ADAPTER, read_adapter_manifest
-from personalq.bundle import MANIFEST, FileEntry, bundle_key, file_sha256, manifest_bytes, read_manifest
+from personalq.bundle import MANIFEST, STRENGTH, FileEntry, bundle_key, file_sha256, manifest_bytes, read_manifest
 from personalq.repository import Repository
 from personalq.weights.adapter import Adapter, Branch, read_adapter
-from runtime.engines.attached import STRENGTH
 from runtime.engines.onnxfile import Edited, Graph, Node, read_graph
 
 

@@ -48,10 +48,10 @@ def prepare_attached(repository: Repository, names: list[str], level: str, clean
     from calibration.calibrate import CalibrateOptions, calibrate
     from exporters.adapters import export_adapter
     from exporters.export import export_base
-    from exporters.forms import form_of
     from exporters.request import is_current
+    from personalq.repository.forms import form_of
 
-    attached = [name for name in names if form_of(repository, name).name == "attached"]
+    attached = [name for name in names if form_of(repository.whole(name)).name == "attached"]
     for name in attached:
         if not (repository.root / "specs" / name / REFERENCE).is_file():
             calibrate(repository, name, CalibrateOptions(policy="fp16"))

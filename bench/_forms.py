@@ -90,7 +90,7 @@ def prepare(plan: Forms, fold: str, over: list[str]) -> dict[str, str]:
 
 def measure(plan: Forms, checkpoint_id: str, bundles: dict[str, dict[str, str]], ids: list[str]) -> list[Row]:
     """Every row of one checkpoint. bundles: fold -> policy -> the base's bundle."""
-    from bench.quality import draw, opened
+    from bench.quality import Yardstick, draw, opened
     from gallery.concepts import evaluation_prompts, reference_images
     from gallery.judge import Judge
     from personalq.repository import Repository
@@ -102,17 +102,22 @@ def measure(plan: Forms, checkpoint_id: str, bundles: dict[str, dict[str, str]],
     def drawn(pipeline: Any) -> np.ndarray:
         return np.concatenate(list(draw(pipeline, prompts, plan.seeds)))
 
+    def row(policy: str, form: str, seen: str, images: np.ndarray) -> Row:
+        told = {"checkpoint": checkpoint_id, "policy": policy, "form": form, "seen": seen}
+        return {**told, **yardstick.scores(images)}
+
     exact = drawn(opened(_merged(repository, checkpoint_id, "fp32")))
-    rows = [_row(checkpoint_id, "fp32", "merged", "own", exact, exact, judge, references, asked)]
+    yardstick = Yardstick(exact, judge, references, asked)
+    rows = [row("fp32", "merged", "own", exact)]
     known = _known(plan, checkpoint_id, rows[0])
     for policy in plan.policies:
         if policy in known:
             rows.append(known[policy])
         else:
             images = drawn(opened(_merged(repository, checkpoint_id, policy)))
-            rows.append(_row(checkpoint_id, policy, "merged", "own", exact, images, judge, references, asked))
+            rows.append(row(policy, "merged", "own", images))
         for form, pipeline, seen in _attached(plan, repository, checkpoint_id, policy, bundles, ids):
-            rows.append(_row(checkpoint_id, policy, form, seen, exact, drawn(pipeline), judge, references, asked))
+            rows.append(row(policy, form, seen, drawn(pipeline)))
     return rows
 
 
@@ -161,30 +166,6 @@ def _merged(repository: Any, checkpoint_id: str, policy: str) -> Path:
     from bench.quality import export
 
     return Path(export(repository, checkpoint_id, policy)["bundle"])
-
-
-def _row(
-    checkpoint_id: str,
-    policy: str,
-    form: str,
-    seen: str,
-    exact: np.ndarray,
-    images: np.ndarray,
-    judge: Any,
-    references: np.ndarray,
-    asked: list[str],
-) -> Row:
-    from bench.quality import LARGEST_DB, ssim
-    from personalq.numerics import psnr_db
-
-    pictures = {
-        "psnr_db": [min(psnr_db(r, i, peak=255), LARGEST_DB) for r, i in zip(exact, images, strict=True)],
-        "ssim": [ssim(r, i) for r, i in zip(exact, images, strict=True)],
-        "concept": judge.concept_score(images, references).tolist(),
-        "prompt": judge.prompt_score(images, asked).tolist(),
-    }
-    means = {name: float(np.mean(values)) for name, values in pictures.items()}
-    return {"checkpoint": checkpoint_id, "policy": policy, "form": form, "seen": seen, **means, "pictures": pictures}
 
 
 def _known(plan: Forms, checkpoint_id: str, exact: Row) -> dict[str, Row]:

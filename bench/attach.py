@@ -25,6 +25,7 @@ import numpy as np
 from bench._large import BASE, CHECKPOINTS, Large, build, write_lora
 from bench._step import conditioning, latents
 from bench.export import measured
+from personalq.bundle import own_bytes
 from runtime.drawing.attaching import Chosen, open_adapter
 from runtime.drawing.pipeline import Pipeline
 from runtime.engines.attached import PLAIN
@@ -138,11 +139,6 @@ def thousand(engine: Engine, bundle: Path, folder: Path) -> dict[str, Any]:
     return {"resident_1000_bytes": memory_bytes(), "bytes_each": (memory_bytes() - before) / len(pipelines)}
 
 
-def folder_bytes(bundle: Path) -> int:
-    """Of a bundle's own files, engines that were prepared from it left out."""
-    return sum(file.stat().st_size for file in bundle.iterdir() if file.is_file())
-
-
 @click.command()
 @click.option("--arch", type=click.Choice(["tiny", "sd15"]), default="tiny", show_default=True)
 @click.option("--bits", type=click.Choice(["w8a8", "w7a8"]), default="w8a8", show_default=True)
@@ -173,11 +169,11 @@ def main(arch: str, bits: str, rounds: int, work: Path | None, out: Path | None)
             "base_over_merged": by["base, nothing attached"]["cpu_seconds"] / by["merged"]["cpu_seconds"],
             "export_seconds": float(np.median([one["seconds"] for one in each[:-1]])),
             "export_peak_rss_bytes": max(one["peak_rss_bytes"] for one in each),
-            "adapter_bytes": folder_bytes(bundles[0]),
-            "adapter_over_lora": folder_bytes(bundles[0]) / lora,
-            "merged_bytes": folder_bytes(merged),
-            "base_bytes": folder_bytes(base),
-            "on_disk_1000_bytes": folder_bytes(base) + THOUSAND * folder_bytes(bundles[0]),
+            "adapter_bytes": own_bytes(bundles[0]),
+            "adapter_over_lora": own_bytes(bundles[0]) / lora,
+            "merged_bytes": own_bytes(merged),
+            "base_bytes": own_bytes(base),
+            "on_disk_1000_bytes": own_bytes(base) + THOUSAND * own_bytes(bundles[0]),
             **held,
             "rows": rows,
             "exports": [

@@ -80,18 +80,32 @@ def measure_checkpoint(plan: Plan, checkpoint_id: str) -> list[Row]:
         if policy == "fp32":
             path = trajectory(pipeline, prompts[:4])
         reference = images if reference is None else reference
-        pictures = {
-            "psnr_db": [min(psnr_db(r, i, peak=255), LARGEST_DB) for r, i in zip(reference, images, strict=True)],
-            "ssim": [ssim(r, i) for r, i in zip(reference, images, strict=True)],
-            "concept": judge.concept_score(images, references).tolist(),
-            "prompt": judge.prompt_score(images, [p for p in prompts for _ in range(plan.seeds)]).tolist(),
-        }
-        means = {name: float(np.mean(values)) for name, values in pictures.items()}
+        scored = Yardstick(reference, judge, references, [p for p in prompts for _ in range(plan.seeds)]).scores(images)
         noise = {"noise_error": noise_error(pipeline, path)}
-        rows.append(
-            {"checkpoint": checkpoint_id, "policy": policy, **made["facts"], **means, **noise, "pictures": pictures}
-        )
+        rows.append({"checkpoint": checkpoint_id, "policy": policy, **made["facts"], **noise, **scored})
     return rows
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What one checkpoint's pictures are held against. exact: its FP32 ones (P,H,W,3) uint8; references: of its concept;
+    asked: the prompt of each picture."""
+
+    exact: np.ndarray
+    judge: Any
+    references: np.ndarray
+    asked: list[str]
+
+    def scores(self, images: np.ndarray) -> Row:
+        """The mean of each of METRICS, and 'pictures': metric -> its value for each of `images` (P,H,W,3) uint8."""
+        pairs = list(zip(self.exact, images, strict=True))
+        pictures = {
+            "psnr_db": [min(psnr_db(r, i, peak=255), LARGEST_DB) for r, i in pairs],
+            "ssim": [ssim(r, i) for r, i in pairs],
+            "concept": self.judge.concept_score(images, self.references).tolist(),
+            "prompt": self.judge.prompt_score(images, self.asked).tolist(),
+        }
+        return {**{name: float(np.mean(values)) for name, values in pictures.items()}, "pictures": pictures}
 
 
 def export(repository: Any, checkpoint_id: str, policy: str, evidence: Any = None) -> dict[str, Any]:

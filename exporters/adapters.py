@@ -14,16 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from personalq.adapters import ADAPTER, AdapterManifest, Correction, read_adapter_manifest
+from personalq.adapters import ADAPTER, AdapterManifest, Correction, is_intact, read_adapter_manifest
 from personalq.bundle import (
     MANIFEST,
     FileEntry,
     bundle_key,
-    check_files,
     file_sha256,
     manifest_bytes,
 )
-from personalq.errors import BundleError, RepositoryError
+from personalq.errors import RepositoryError
 from personalq.repository import Repository
 from personalq.repository.atomic import atomic_directory
 from personalq.repository.described import adapter_manifest
@@ -160,14 +159,6 @@ def peft_settings(checkpoint_dir: Path) -> dict[str, str]:
     """sha256 of what peft says of its LoRAs in files of their own: alpha is there, and in no weight file."""
     found = sorted(checkpoint_dir.rglob(PEFT_CONFIG))
     return {file.relative_to(checkpoint_dir).as_posix(): file_sha256(file) for file in found}
-
-
-def is_intact(folder: Path) -> bool:
-    """True when a finished adapter of this key is already there, byte for byte."""
-    try:
-        return not check_files(folder, read_adapter_manifest(folder))
-    except BundleError:
-        return False
 
 
 def _write(job: _Job, limits: Limits, folder: Path, progress: Report) -> None:

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from personalq.adapters import is_intact
 from personalq.bundle import (
     MANIFEST,
     SPEC,
     BranchPlace,
     FileEntry,
     bundle_key,
-    check_files,
     file_sha256,
     files_sha256,
     manifest_bytes,
     read_manifest,
 )
 from personalq.cards.card import Card
-from personalq.errors import BundleError, RepositoryError, SpecError
+from personalq.errors import RepositoryError, SpecError
 from personalq.repository import Repository
 from personalq.repository.atomic import atomic_directory, settle
 from personalq.repository.described import checkpoint_entry
@@ -152,14 +152,6 @@ def check_fits(spec_file: SpecFile, card: Card, parts: dict[str, str], option: s
             raise SpecError(
                 f"spec {spec.name}: {field}: must be {wanted}, got {found!r}; run 'personalq calibrate {option}{card.id}'"
             )
-
-
-def is_intact(folder: Path) -> bool:
-    """True when a finished bundle of this key is already there, byte for byte."""
-    try:
-        return not check_files(folder, read_manifest(folder))
-    except BundleError:
-        return False
 
 
 def write_bundle(job: Job) -> None:

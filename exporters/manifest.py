@@ -1,5 +1,6 @@
 """What a bundle's manifest says: of the checkpoint or base, its settings and its graphs. It writes nothing."""
 
+import math
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -111,17 +112,10 @@ def unet_sizes(job: Job, lowered: Lowered) -> Sizes:
     """Bytes on disk of UNet and text-row encoder; unquantised ones = the family's graphs + every weight at 2 or 4 bytes."""
     written = ("unet.ort.onnx", "weights.data", "text_rows.onnx", "text_rows.data")
     unet = job.weights.component("unet")
-    n_weights = sum(_numel(unet.shape(name)) for name in unet.names())
+    n_weights = sum(math.prod(unet.shape(name)) for name in unet.names())
     graphs = sum((job.family.folder / f"{name}.onnx").stat().st_size for name in ("unet", "text_rows"))
     return Sizes(
         unet=sum((job.folder / name).stat().st_size for name in written),
         unet_fp16=graphs + 2 * n_weights,
         unet_fp32=graphs + 4 * n_weights,
     )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from personalq.bundle import read_manifest
+from personalq.bundle import own_bytes, read_manifest
 from personalq.errors import CheckinError
 from personalq.numerics import psnr_db
 from personalq.repository import Repository
@@ -68,7 +68,7 @@ def run(out_dir: Path, repository: Repository, progress: Progress = lambda text,
         "bytes_fp16": manifest.sizes.unet_fp16,
         "bytes_fp32": manifest.sizes.unet_fp32,
         "form": "merged",
-        "bundle_bytes": folder_bytes(bundle),
+        "bundle_bytes": own_bytes(bundle),
         **attached,
         "drawing_seconds": {name: round(seconds, 3) for name, seconds in step_seconds.items()},
         "seconds": round(time.perf_counter() - started, 2),
@@ -93,16 +93,11 @@ def attach_some(out_dir: Path, repository: Repository, progress: Callable[[str],
         pipeline = Pipeline(engine, [Chosen(open_adapter(made.bundle))])
         pictures.append(pipeline.image(named(repository, checkpoint, request)[1], seed=SEED))
         seconds = {"export_seconds": round(made.seconds, 3), "drawing_seconds": round(time.perf_counter() - begun, 3)}
-        rows.append({"checkpoint": checkpoint, "bundle_bytes": folder_bytes(made.bundle), **seconds})
+        rows.append({"checkpoint": checkpoint, "bundle_bytes": own_bytes(made.bundle), **seconds})
     labels = [f"{row['checkpoint']} {row['bundle_bytes'] / 1e6:.2f} MB" for row in rows]
     write_png(out_dir / "attached.png", side_by_side(pictures, labels, scale=4))
     picture = str(out_dir / "attached.png")
-    return {"attached": rows, "attached_image": picture, "base_bundle_bytes": folder_bytes(engine.bundle)}
-
-
-def folder_bytes(bundle: Path) -> int:
-    """Of a bundle's own files, without what engines made of them."""
-    return sum(file.stat().st_size for file in bundle.iterdir() if file.is_file())
+    return {"attached": rows, "attached_image": picture, "base_bundle_bytes": own_bytes(engine.bundle)}
 
 
 def make_bundle(repository: Repository, checkpoint_id: str, policy: str, progress: Progress) -> Path:

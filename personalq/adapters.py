@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from .bundle import MANIFEST, CheckpointEntry, FileEntry, Frozen, Manifest, inside, read_manifest
+from .bundle import CheckpointEntry, FileEntry, Frozen, Manifest, check_files, inside, parse_manifest, read_manifest
 from .errors import BundleError
 
 ADAPTER = "adapter.safetensors"
@@ -70,19 +70,7 @@ def is_adapter(bundle: Path) -> bool:
 
 def read_adapter_manifest(bundle: Path) -> AdapterManifest:
     """Read and validate an adapter's manifest. Raises BundleError naming the field."""
-    file = bundle / MANIFEST
-    try:
-        manifest = AdapterManifest.model_validate(json.loads(file.read_text()))
-    except FileNotFoundError:
-        raise BundleError(
-            f"{bundle}: must be an adapter's folder with {MANIFEST}, got none; run 'personalq export'"
-        ) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{file}: {field}: {first['msg']}; export the checkpoint again") from error
-    except (ValueError, OSError) as error:
-        raise BundleError(f"{file}: must be JSON, got {error}; export the checkpoint again") from error
+    manifest = parse_manifest(bundle, AdapterManifest, "an adapter's folder")
     for name in manifest.files:
         inside(bundle, name)
     return manifest
@@ -91,6 +79,14 @@ def read_adapter_manifest(bundle: Path) -> AdapterManifest:
 def read_any(bundle: Path) -> Manifest | AdapterManifest:
     """The manifest of an adapter or of an engine. Raises BundleError."""
     return read_adapter_manifest(bundle) if is_adapter(bundle) else read_manifest(bundle)
+
+
+def is_intact(bundle: Path) -> bool:
+    """True when a finished bundle is there, byte for byte."""
+    try:
+        return not check_files(bundle, read_any(bundle))
+    except BundleError:
+        return False
 
 
 def parse_any(data: bytes) -> Manifest | AdapterManifest:

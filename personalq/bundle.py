@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,10 +19,16 @@ SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 SPEC = "spec.json"
 HASHED_AT_ONCE = 4  # files; more would wait for the disk
+# What a base's graphs call their adapter inputs; the matrices and vectors have the same names in adapter.safetensors.
+STRENGTH, DOWN, UP = "adapter_strength", ".down", ".up"
+ADDED_VECTORS, ADDED_ROWS = "added_vectors", "added_rows"
 
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+Kind = TypeVar("Kind", bound=Frozen)
 
 
 class FileEntry(Frozen):
@@ -194,26 +200,35 @@ def inside(folder: Path, name: str) -> Path:
 
 def read_manifest(bundle: Path) -> Manifest:
     """Read and validate `bundle`/manifest.json. Raises BundleError naming the field."""
-    file = bundle / MANIFEST
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise BundleError(
-            f"{bundle}: must be a bundle folder with {MANIFEST}, got none; run 'personalq export'"
-        ) from None
-    except (ValueError, OSError) as error:
-        raise BundleError(f"{file}: must be JSON, got {error}; export the checkpoint again") from error
-    try:
-        manifest = Manifest.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{file}: {field}: {first['msg']}; export the checkpoint again") from error
+    manifest = parse_manifest(bundle, Manifest, "a bundle folder")
     graphs = manifest.graphs
     encoders = [graphs.text_encoder, *([graphs.text_encoder_2] if graphs.text_encoder_2 else [])]
     for name in [*manifest.files, *graphs.unet.values(), graphs.text_rows, *encoders, graphs.vae_decoder]:
         inside(bundle, name)
     return manifest
+
+
+def parse_manifest(bundle: Path, kind: type[Kind], what: str) -> Kind:
+    """`bundle`/manifest.json as a manifest of one kind; its file names are still to be checked. what: for the error without one.
+
+    Raises BundleError naming the field.
+    """
+    file = bundle / MANIFEST
+    try:
+        return kind.model_validate(json.loads(file.read_text()))
+    except FileNotFoundError:
+        raise BundleError(f"{bundle}: must be {what} with {MANIFEST}, got none; run 'personalq export'") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{file}: {field}: {first['msg']}; export the checkpoint again") from error
+    except (ValueError, OSError) as error:
+        raise BundleError(f"{file}: must be JSON, got {error}; export the checkpoint again") from error
+
+
+def own_bytes(bundle: Path) -> int:
+    """Of a bundle's own files, without what engines made of them."""
+    return sum(file.stat().st_size for file in bundle.iterdir() if file.is_file())
 
 
 def manifest_bytes(manifest: Frozen) -> bytes:

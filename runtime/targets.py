@@ -5,8 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from personalq.adapters import ADAPTER, read_adapter_manifest
-from personalq.bundle import read_manifest
-from personalq.weights.adapter import CORRECTION, DOWN
+from personalq.bundle import DOWN, read_manifest
+from personalq.weights.adapter import CORRECTION
 from personalq.weights.header import read_header
 
 # Target -> the module its engine needs. TensorRT for RTX comes as a package of its own.

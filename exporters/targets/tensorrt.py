@@ -19,12 +19,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from personalq.bundle import Manifest, read_manifest
+from personalq.bundle import STRENGTH, Manifest, read_manifest
 from personalq.errors import EngineError, MissingExtraError
 from personalq.repository.engines import KeptEngine, check_engine, engine_at, keep_engine
 
 from ..graphs.census import layer_kinds
-from ..graphs.passes.branches import STRENGTH
 from ..manifest import RANKS
 from .engine_layers import from_inspector, mismatches, table
 from .refit import find_donor, refit_plan, sample_feed

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
+from ..bundle import ADDED_VECTORS, DOWN, UP
 from ..errors import RepositoryError
 from .checkpoint import CheckpointWeights, ComponentWeights
 from .deltas.edits import AppendedRows, Edit, Float
@@ -24,7 +25,7 @@ from .tensorfile import TensorFile
 Half = npt.NDArray[np.float16]
 ENCODERS = ("text_encoder", SECOND_ENCODER)
 CORRECTION = "correction"  # stands where a component's name does
-DOWN, UP, CHANGE, ADDED = ".down", ".up", ".change", "added_vectors"
+CHANGE = ".change"
 TEXT_ROWS = (".attn2.to_k", ".attn2.to_v")  # read by the row encoder, once per prompt: these may change in full
 MOST_RANK = 256  # wider branches cost more than they save
 ENERGY = 1.0 - 1e-6  # of a change's squares that a rank found by singular values keeps, unless said otherwise
@@ -90,7 +91,7 @@ class Adapter:
             for layer, branch in layers.items():
                 found[f"{component}.{layer}{DOWN}"], found[f"{component}.{layer}{UP}"] = branch.down, branch.up
         found |= {f"unet.{layer}{CHANGE}": change for layer, change in self.changes.items()}
-        return found | {f"{encoder}.{ADDED}": vectors for encoder, vectors in self.added.items()}
+        return found | {f"{encoder}.{ADDED_VECTORS}": vectors for encoder, vectors in self.added.items()}
 
     def to_bytes(self) -> bytes:
         """The file: safetensors, names sorted, so that equal adapters are equal bytes."""
@@ -104,7 +105,7 @@ def read_adapter(path: Path) -> Adapter:
     changes, added = dict[str, Half](), dict[str, Half]()
     for name in file.names():
         component, _, rest = name.partition(".")
-        if rest == ADDED:
+        if rest == ADDED_VECTORS:
             added[component] = _read(file, name)
         elif rest.endswith(CHANGE):
             changes[rest.removesuffix(CHANGE)] = _read(file, name)

@@ -90,7 +90,7 @@ class Wearing:
         inputs = self.base.adapters
         return attach(inputs, [one.worn(self.base) for one in self.chosen]) if inputs and self.chosen else PLAIN
 
-    @property
+    @cached_property
     def strengths(self) -> dict[str, tuple[float, float]]:
         """Every name that <lora:NAME:...> may call an attached checkpoint by -> its strengths in UNet and text encoder."""
         told: dict[str, tuple[float, float]] = {}

@@ -19,7 +19,7 @@ from personalq.weights.header import read_header
 
 from .attaching import Opened
 
-_KINDS = {"lora": "lora", "custom_diffusion": "custom_diffusion", "textual_inversion": "textual_inversion"}
+_KINDS = ("lora", "custom_diffusion", "textual_inversion")
 
 
 def of_checkpoint(repository: Repository, checkpoint_id: str) -> Opened:
@@ -48,7 +48,7 @@ def of_file(repository: Repository, file: Path, base: str) -> Opened:
     if why := why_not(weights):
         raise EngineError(f"{file.name}: must be attachable as it is, got {why}; add and export it instead")
     trigger = tuple(token for token, _ in weights.added_tokens)
-    card = Card(id=file.stem[:200], name=file.stem[:200], kind=_KINDS[kind], base=base, trigger=trigger)  # type: ignore[arg-type]
+    card = Card(id=file.stem[:200], name=file.stem[:200], kind=kind, base=base, trigger=trigger)  # type: ignore[arg-type]
     return _made(Whole(card, base_dir, file), weights)
 
 

@@ -11,15 +11,14 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from personalq.bundle import AdapterInputs, BranchPlace
+from personalq.bundle import ADDED_VECTORS, DOWN, STRENGTH, UP, AdapterInputs, BranchPlace
 from personalq.errors import EngineError
 from personalq.rows import RowLayer, packed_width
-from personalq.weights.adapter import DOWN, TEXT_ROWS, UP, Adapter, Branch
+from personalq.weights.adapter import TEXT_ROWS, Adapter, Branch
 
 Array = npt.NDArray[np.float32]
 Feed = dict[str, Array]
 Padded = dict[str, npt.NDArray[np.floating]]
-STRENGTH, ADDED_VECTORS, ADDED_ROWS = "adapter_strength", "added_vectors", "added_rows"
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Attached:
             if place.is_wide and not is_wide:
                 continue
             pair = mine.get(layer) or _nothing(place.op, place.weight)
-            made[f"{layer}.down"], made[f"{layer}.up"] = pair.down, pair.up
+            made[f"{layer}{DOWN}"], made[f"{layer}{UP}"] = pair.down, pair.up
         if graph != "unet":
             made[ADDED_VECTORS] = self.added.get(graph, np.zeros((1, width), np.float32))
         return made

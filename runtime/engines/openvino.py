@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from personalq.bundle import inside, read_manifest
+from personalq.bundle import ADDED_ROWS, ADDED_VECTORS, STRENGTH, inside, read_manifest
 from personalq.errors import EngineError, MissingExtraError, RepositoryError
 from personalq.repository.engines import check_engine, engine_at, keep_engine
 from personalq.rows import Ids
 
-from .attached import ADDED_ROWS, ADDED_VECTORS, PLAIN, STRENGTH, Attached, Feed
+from .attached import PLAIN, Attached, Feed
 from .engine import (
     ROWS_OUTPUTS,
     UNET_INPUTS,

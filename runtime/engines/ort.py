@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from personalq.bundle import read_manifest
+from personalq.bundle import ADDED_ROWS, ADDED_VECTORS, read_manifest
 from personalq.errors import EngineError
 from personalq.rows import Ids
 
-from .attached import ADDED_ROWS, ADDED_VECTORS, PLAIN, Attached
+from .attached import PLAIN, Attached
 from .engine import (
     LOWERING,
     ROWS_OUTPUTS,

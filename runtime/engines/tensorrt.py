@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from personalq.bundle import STRENGTH
 from personalq.errors import EngineError, MissingExtraError
 from personalq.repository.engines import KeptEngine, check_engine
 
 from . import cuda
-from .attached import PLAIN, STRENGTH, Attached
+from .attached import PLAIN, Attached
 from .engine import Array, Conditioning, Denoiser, unet_feed
 from .ort import OrtEngine
 from .plans import check_shapes, find_plan, rank_of

@@ -3,14 +3,12 @@
 import numpy as np
 import onnx_ir as ir
 
-from personalq.bundle import BranchPlace
+from personalq.bundle import ADDED_ROWS, ADDED_VECTORS, BranchPlace
 from personalq.weights.models import TOKEN_EMBEDDING
 
 from .branches import Branches, add_branches
 from .layers import find_layers, split_gemms
 from .nodes import Builder, add_input
-
-VECTORS, ROWS = "added_vectors", "added_rows"
 
 
 def open_encoder(model: ir.Model, first_added_id: int) -> dict[str, BranchPlace]:
@@ -38,8 +36,8 @@ def add_vectors(model: ir.Model, first_added_id: int) -> None:
     node = next(node for node in graph if node.op_type == "Gather" and _is_table(node.inputs[0]))
     table, ids = node.inputs
     assert table is not None and ids is not None and table.shape is not None
-    vectors = add_input(graph, VECTORS, ir.DataType.FLOAT, ("added", table.shape[1]))
-    build = Builder(graph, VECTORS)
+    vectors = add_input(graph, ADDED_VECTORS, ir.DataType.FLOAT, ("added", table.shape[1]))
+    build = Builder(graph, ADDED_VECTORS)
     first, last = (build.constant(np.array(value, np.int64)) for value in (first_added_id, first_added_id - 1))
     is_added = build("Unsqueeze", build("GreaterOrEqual", ids, first), build.constant(np.array([-1], np.int64)))
     place = build("Max", build("Sub", ids, first), build.constant(np.array(0, np.int64)))
@@ -59,8 +57,8 @@ def add_rows(model: ir.Model) -> None:
     graph = model.graph
     old = graph.outputs[0]
     assert old.shape is not None and old.dtype is not None
-    added = add_input(graph, ROWS, old.dtype, ("added_batch", "added_tokens", old.shape[2]))
-    total = Builder(graph, ROWS)("Add", old, added)
+    added = add_input(graph, ADDED_ROWS, old.dtype, ("added_batch", "added_tokens", old.shape[2]))
+    total = Builder(graph, ADDED_ROWS)("Add", old, added)
     total.name, old.name = old.name, f"{old.name}_plain"
     total.type, total.shape = old.type, old.shape
     graph.outputs[0] = total

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from personalq.bundle import BranchPlace
+from personalq.bundle import DOWN, STRENGTH, UP, BranchPlace
 
 from .layers import LayerNode
 from .nodes import Builder, add_input
 
-STRENGTH, DOWN, UP = "adapter_strength", ".down", ".up"
 ADAPTERS = "adapters"
 # What most adapters change; the rest of a UNet's layers cost a step more than they are asked for.
 NARROW = ".attentions."

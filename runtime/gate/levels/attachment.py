@@ -15,7 +15,7 @@ from personalq.weights.models import TOKEN_EMBEDDING
 from ...drawing.attaching import Opened
 from ..check import Check, none_of
 from ..subject import Delta, Float, Sources, Subject
-from .integrity import scheduler_differs
+from .integrity import hashes_differ, scheduler_differs
 
 # The share of a change that float16 matrices may lack: each side rounds at 2^-11, and alpha / rank may round once more.
 HALF_ERROR = 2.0**-9
@@ -68,11 +68,7 @@ def _as_in_repository(adapter: AdapterManifest, delta: Delta) -> Iterator[Check]
 
 
 def _differ(name: str, pairs: dict[str, tuple[str, str]]) -> list[str]:
-    return [
-        f"{name}: {what} must be {wanted[:12]}..., got {found[:12] or 'nothing'}...; export the checkpoint again"
-        for what, (wanted, found) in pairs.items()
-        if wanted != found
-    ]
+    return hashes_differ({f"{name}: {what}": pair for what, pair in pairs.items()})
 
 
 def is_the_delta(subject: Subject) -> Iterator[Check]:

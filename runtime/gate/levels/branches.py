@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from personalq.bundle import AdapterInputs
+from personalq.bundle import DOWN, STRENGTH, UP, AdapterInputs
 
-from ...engines.attached import PLAIN, STRENGTH, attach
+from ...engines.attached import PLAIN, attach
 from ...engines.engine import LOWERING, WIDE
 from ...engines.onnxfile import Graph, Node
 from ..check import Check, at_most, equal, none_of
@@ -31,7 +31,7 @@ def matrices_way(subject: Subject) -> Iterator[Check]:
     files |= {name: (getattr(graphs, name), name) for name in inputs.branches if name != "unet"}
     for what, (file, name) in files.items():
         graph = subject.unet if file == subject.unet_path.name else subject.graph(file)
-        takes = {layer for layer in inputs.branches[name] if f"{layer}.down" in graph.readers}
+        takes = {layer for layer in inputs.branches[name] if f"{layer}{DOWN}" in graph.readers}
         wanted = _must_take(inputs, what)
         wrong = {layer: [f"{what}: {layer} must take an adapter, got none; export again"] for layer in wanted - takes}
         scaled = {node.outputs[0] for value in _passed_on(graph, STRENGTH) for node in graph.readers.get(value, [])}
@@ -55,7 +55,7 @@ def _way_problems(graph: Graph, what: str, layer: str, scaled: Set[str]) -> list
     scaled: values that were multiplied by the strength.
     """
     problems = list[str]()
-    for part in (f"{layer}.down", f"{layer}.up"):
+    for part in (f"{layer}{DOWN}", f"{layer}{UP}"):
         way = list(_until_added(graph, part))
         problems += [
             f"{what}: {node.name} ({node.op}) stands between {part} and its layer; export again"
@@ -64,7 +64,7 @@ def _way_problems(graph: Graph, what: str, layer: str, scaled: Set[str]) -> list
         ]
         if not any(node.op == "Add" for node in way):
             problems.append(f"{what}: {part} must reach its layer's output, got no Add; export again")
-    if any(node.op == "Add" for node in _until_added(graph, f"{layer}.down", but=scaled)):
+    if any(node.op == "Add" for node in _until_added(graph, f"{layer}{DOWN}", but=scaled)):
         problems.append(f"{what}: {layer} must be multiplied by {STRENGTH}, got a branch that is not; export again")
     return problems
 

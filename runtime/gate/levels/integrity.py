@@ -94,8 +94,13 @@ def _spec_check(bundle: Path, manifest: Manifest) -> Check:
 
 
 def _differs(pairs: dict[str, tuple[str, str]], where: str = "manifest.json") -> list[str]:
+    return hashes_differ({f"{where}: {field}:": pair for field, pair in pairs.items()})
+
+
+def hashes_differ(pairs: Mapping[str, tuple[str, str]]) -> list[str]:
+    """One line for each (wanted, found) that is not equal. pairs: what the line begins with -> two hashes."""
     return [
-        f"{where}: {field}: must be {wanted[:12]}..., got {found[:12] or 'nothing'}...; export the checkpoint again"
-        for field, (wanted, found) in pairs.items()
+        f"{where} must be {wanted[:12]}..., got {found[:12] or 'nothing'}...; export the checkpoint again"
+        for where, (wanted, found) in pairs.items()
         if wanted != found
     ]
